@@ -1,0 +1,157 @@
+"""The arguments of an update, flattened and checked before anything is written."""
+
+from numbers import Real
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from optree import PyTreeSpec
+from torch import Tensor
+
+from functional_adam.donation import is_spent
+from functional_adam.equations import Scalars
+from functional_adam.hparams import AdamHparams, Scalar, check_hparams
+from functional_adam.leaves import Leaves, check_leaves
+from functional_adam.state import AdamState, TensorTree
+from functional_adam.trees import flatten_like, path_of
+
+
+class Arguments(NamedTuple):
+    """What `adam_update` was given."""
+
+    treespec: PyTreeSpec
+    leaves: Leaves  # grads may hold None
+    active: list[int]  # leaves that have a gradient
+    steps: list[Tensor]  # one if shared, else one a leaf
+    is_step_shared: bool
+    scalars: Scalars
+    grad_scale: Tensor | None  # float32
+    found_inf: Tensor | None  # bool
+
+    @property
+    def read_only(self) -> list[Tensor]:
+        """Tensors that no update writes."""
+        values = (*self.leaves.grads, *self.scalars, self.grad_scale, self.found_inf)
+        return [x for x in values if isinstance(x, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor given."""
+        return [*self.leaves.buffers, *self.steps, *self.read_only]
+
+    def per_leaf(self, steps: list[Tensor]) -> list[Tensor]:
+        """`steps` once for each leaf."""
+        return steps * len(self.leaves.params) if self.is_step_shared else steps
+
+
+def flatten_arguments(
+    params: TensorTree,
+    grads: TensorTree,
+    state: AdamState,
+    hparams: AdamHparams,
+    grad_scale: Scalar | None,
+    found_inf: Scalar | None,
+) -> Arguments:
+    """Flatten all trees like `params` and raise if anything is wrong with them."""
+    _check_types(grads, state, hparams)
+    scale = None if grad_scale is None else _zero_dim(grad_scale, "grad_scale").to(torch.float32)
+    found = None if found_inf is None else _zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
+    param_leaves, treespec = optree.tree_flatten(params)
+    steps = _flatten_steps(state, treespec, params)
+    leaves = Leaves(
+        params=param_leaves,
+        exp_avgs=flatten_like(treespec, state.exp_avg, "state.exp_avg", params),
+        exp_avg_sqs=flatten_like(treespec, state.exp_avg_sq, "state.exp_avg_sq", params),
+        max_exp_avg_sqs=_flatten_maxima(state, hparams, treespec, params),
+        grads=flatten_like(treespec, grads, "grads", params),
+    )
+    check_leaves(leaves, treespec)
+    is_step_shared = isinstance(state.step, Tensor)
+    _check_steps(steps, leaves.params, is_step_shared, treespec)
+    active = [index for index, grad in enumerate(leaves.grads) if grad is not None]  # pyright: ignore
+    if len(active) < len(param_leaves) and is_step_shared and not treespec.is_leaf():
+        index = next(i for i in range(len(param_leaves)) if i not in active)
+        raise ValueError(
+            f"{path_of(treespec, index, 'grads')} is None, but all leaves share one step, which cannot stand still for "
+            "one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips the leaf."
+        )
+    flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
+    scalars = Scalars(*hparams.numbers(), *flags)
+    return Arguments(treespec, leaves, active, steps, is_step_shared, scalars, scale, found)
+
+
+def _check_types(grads: Any, state: Any, hparams: Any) -> None:
+    order = "The order is adam_update(params, grads, state, hparams)."
+    if isinstance(grads, AdamState):
+        raise TypeError(f"grads is an AdamState, expected a pytree of gradients. {order}")
+    if not isinstance(state, AdamState):
+        raise TypeError(f"state is of type {type(state).__name__}, expected the AdamState of adam_init. {order}")
+    if not isinstance(hparams, AdamHparams):
+        raise TypeError(f"hparams is of type {type(hparams).__name__}, expected AdamHparams. {order}")
+    check_hparams(hparams)
+    if not _is_absent(state.master_params):
+        raise ValueError(
+            f"state.master_params is of type {type(state.master_params).__name__}, expected (). "
+            "Master parameters are reserved for a later version: leave the field out."
+        )
+
+
+def _zero_dim(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
+        return torch.tensor(value, device="cpu")
+    if value.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
+    if value.is_complex():
+        raise TypeError(f"{name} is of {value.dtype}. Expected a real number or tensor.")
+    return value
+
+
+def _is_absent(tree: Any) -> bool:
+    return isinstance(tree, tuple) and not tree
+
+
+def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
+    if treespec.num_leaves and _is_absent(state.max_exp_avg_sq) == hparams.amsgrad:
+        got, wanted = ("is ()", "True") if hparams.amsgrad else ("is kept", "False")
+        raise ValueError(
+            f"state.max_exp_avg_sq {got}, but hparams.amsgrad is {wanted}. "
+            "Make the state by adam_init(params, hparams) with the same amsgrad."
+        )
+    return flatten_like(treespec, state.max_exp_avg_sq, "state.max_exp_avg_sq", params) if hparams.amsgrad else []
+
+
+def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
+    if isinstance(state.step, Tensor):
+        return [state.step]
+    return flatten_like(treespec, state.step, "state.step", params)
+
+
+def _check_steps(steps: list[Any], params: list[Tensor], is_shared: bool, treespec: PyTreeSpec) -> None:
+    for index, param in enumerate(params or [None]):
+        if is_shared and index and param is not None and param.device == steps[0].device:
+            continue
+        fault = _step_fault(steps[0 if is_shared else index], param) if steps else None
+        if fault:
+            error, text = fault
+            where = "state.step" if is_shared else path_of(treespec, index, "state.step")
+            raise error(f"{where} {text}")
+
+
+def _step_fault(step: Any, param: Tensor | None) -> tuple[type[Exception], str] | None:
+    """The error class and why `step` cannot count the updates of `param`, or None."""
+    if not isinstance(step, Tensor):
+        return TypeError, f"is of type {type(step).__name__}. Expected a 0-dim float32 tensor, as adam_init makes."
+    if is_spent(step):
+        return RuntimeError, "is empty: this state was donated and cannot be used again. Use the state that came back."
+    if step.shape != ():
+        return ValueError, f"has shape {tuple(step.shape)}, expected (). Map over stacked states with torch.func.vmap."
+    if step.dtype is not torch.float32:
+        return TypeError, f"is of {step.dtype}, expected torch.float32. Convert it with .float()."
+    if param is not None and step.device != param.device:
+        return ValueError, (
+            f"is on {step.device}, but its parameter is on {param.device}. Move the state with the parameters; for "
+            "parameters on several devices make it with adam_init(..., per_leaf_step=True)."
+        )
+    return None

@@ -1,0 +1,169 @@
+"""What makes a donation safe: memory that nobody else in the call uses, and states that notice a second use."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from optree import PyTreeSpec
+from torch import Tensor
+
+from functional_adam.leaves import Leaves
+from functional_adam.trees import path_of
+
+
+def is_spent(step: Any) -> bool:
+    """Whether `step` belongs to a state that was donated: `replace_steps_` has emptied it."""
+    return isinstance(step, Tensor) and step.shape == (0,)
+
+
+def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Fresh tensor objects with the values of `new` on the memory of `old`; the old objects are emptied.
+
+    CUDA graphs replay on memory, so the memory stays. The next use of the donated state meets an empty step, and is
+    noticed without reading a value.
+    """
+    fresh = [step.detach() for step in old]
+    for step, value in zip(fresh, new, strict=True):
+        step.copy_(value)
+    for step in old:
+        step.set_()
+    return fresh
+
+
+def release(param: Tensor) -> Tensor:
+    """`param` as a result: a plain tensor outside autograd, on the same memory."""
+    return param.detach() if param.requires_grad or isinstance(param, torch.nn.Parameter) else param
+
+
+def check_donation(leaves: Leaves, steps: list[Tensor], read_only: list[Tensor], treespec: PyTreeSpec) -> None:
+    """Raise RuntimeError if a buffer cannot be written, or writing it would change another tensor of the call."""
+    written = [*leaves.buffers, *steps]
+    if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in written):
+        raise RuntimeError(
+            "Cannot donate tensors made under torch.inference_mode() outside of it. "
+            "Update them under inference_mode, or without donate."
+        )
+    found = find_overlap(written, read_only)
+    if found is None:
+        return
+    first, second = (_name(index, leaves, len(steps), treespec) for index in found)
+    what = "overlaps itself" if first == second else f"shares memory with {second}"
+    raise RuntimeError(
+        f"Cannot donate {first}: it {what}, so that writing one would change the other. "
+        "Clone one of them, or update without donate."
+    )
+
+
+def _name(index: int, leaves: Leaves, step_count: int, treespec: PyTreeSpec) -> str:
+    roots = ["params", "state.exp_avg", "state.exp_avg_sq", *(["state.max_exp_avg_sq"] * bool(leaves.max_exp_avg_sqs))]
+    count = len(leaves.params)
+    row, column = divmod(index, count) if count else (0, index)
+    if row < len(roots) and count:
+        return path_of(treespec, column, roots[row])
+    index -= count * len(roots)
+    if index < step_count:
+        return "state.step" if step_count == 1 else path_of(treespec, index, "state.step")
+    index -= step_count
+    given = [i for i, grad in enumerate(leaves.grads) if grad is not None]  # pyright: ignore
+    return (
+        path_of(treespec, given[index], "grads") if index < len(given) else "a hyperparameter, grad_scale or found_inf"
+    )
+
+
+class _Span(NamedTuple):
+    """The memory from the first to the last element of a tensor, in bytes. Sorts by address."""
+
+    start: int
+    end: int
+    is_read: bool
+    index: int
+    tensor: Tensor
+
+
+def find_overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Indices of two tensors that share an element, the first of them written; equal if it overlaps itself.
+
+    The second index counts through `written` and then `read`. Tensors without memory of their own (empty ones,
+    FakeTensors) overlap nothing.
+    """
+    spans: list[_Span] = []
+    for index, tensor in enumerate((*written, *read)):
+        is_read = index >= len(written)
+        local = _local(tensor)
+        if local is None:
+            continue
+        length = local.numel()
+        if not local.is_contiguous():
+            if not is_read and _overlaps_itself(local):
+                return index, index
+            length = 1 + sum(s * (n - 1) for s, n in zip(local.stride(), local.shape, strict=True))
+        start = local.data_ptr()
+        spans.append(_Span(start, start + length * local.element_size(), is_read, index, local))
+    spans.sort(key=_start)
+
+    # Spans in order of address; a run of spans that reach into each other is looked at element by element.
+    run: list[_Span] = []
+    end = 0
+    for span in spans:
+        if span.start >= end:
+            found = _shared_element(run)
+            if found:
+                return found
+            run = []
+        run.append(span)
+        end = max(end, span.end)
+    return _shared_element(run)
+
+
+def _start(span: _Span) -> int:
+    return span.start
+
+
+def _local(tensor: Tensor) -> Tensor | None:
+    """The tensor that holds the memory: itself, the local shard of a DTensor, or nothing."""
+    if type(tensor) is not Tensor:
+        to_local: Any = getattr(tensor, "to_local", None)
+        tensor = to_local() if to_local is not None else tensor
+    try:
+        return tensor if tensor.data_ptr() and tensor.numel() else None
+    except RuntimeError:  # a FakeTensor
+        return None
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    # Strides that interleave may still miss each other: count the elements they reach.
+    span = 1 + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    owner = torch.zeros(span, dtype=torch.bool, device="cpu")
+    owner.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(owner.sum()) != tensor.numel()
+
+
+def _shared_element(run: list[_Span]) -> tuple[int, int] | None:
+    if len(run) < 2 or all(span.is_read for span in run):
+        return None
+    first = run[0].start
+    unit = math.gcd(*(span.start - first for span in run), *(span.tensor.element_size() for span in run))
+    owner = torch.zeros((max(span.end for span in run) - first) // unit, dtype=torch.int32, device="cpu")
+    for span in sorted(run, key=_index):
+        tensor, parts = span.tensor, span.tensor.element_size() // unit
+        elements = owner.as_strided(
+            (*tensor.shape, parts), (*(parts * s for s in tensor.stride()), 1), (span.start - first) // unit
+        )
+        other = int(elements.max())
+        if other:
+            return other - 1, span.index
+        if not span.is_read:
+            elements.fill_(span.index + 1)
+    return None
+
+
+def _index(span: _Span) -> int:
+    return span.index

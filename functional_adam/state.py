@@ -1,0 +1,88 @@
+"""AdamState, and how it begins."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from functional_adam.hparams import AdamHparams
+from functional_adam.leaves import check_params
+from functional_adam.trees import path_of
+
+TensorTree: TypeAlias = Any
+"""A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
+
+
+class AdamState(NamedTuple):
+    """What Adam remembers between two updates. Absent is `()`, since `torch.func.vmap` rejects None."""
+
+    step: TensorTree
+    """(), float32, on the device of its leaf: updates applied so far. One for all leaves, or a tree like params."""
+    exp_avg: TensorTree
+    """Like params: running mean of the gradients g, in L/U."""
+    exp_avg_sq: TensorTree
+    """Like params: running mean of g * g, in L^2/U^2."""
+    max_exp_avg_sq: TensorTree = ()
+    """Like params: largest exp_avg_sq so far, in L^2/U^2. () without amsgrad."""
+    master_params: TensorTree = ()
+    """Reserved for float32 copies of low-precision parameters. Always () in this version."""
+
+
+def adam_init(params: TensorTree, hparams: AdamHparams, *, per_leaf_step: bool = False) -> AdamState:
+    """The state before the first update: step 0, all moments 0.
+
+    Moments have the shape, dtype, device, layout (and DTensor placement) of their parameters.
+
+    Args:
+        params: pytree of floating or complex tensors of any shape, in units U.
+        hparams: decides, by `amsgrad`, whether the largest exp_avg_sq is kept.
+        per_leaf_step: count updates leaf by leaf. Needed when leaves live on several devices, and for gradients
+            that are None, whose leaves then stand still.
+
+    Returns:
+        An `AdamState`; `step` is a float32 tensor of shape (), or a tree of them with `per_leaf_step`.
+
+    Raises:
+        TypeError: a leaf is not a dense floating or complex tensor, or `hparams` is not `AdamHparams`.
+        ValueError: leaves live on several devices and `per_leaf_step` is False.
+
+    Example:
+        >>> state = adam_init({"w": torch.ones(2, 3)}, AdamHparams())
+        >>> state.step, state.exp_avg["w"].shape
+        (tensor(0.), torch.Size([2, 3]))
+
+    Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1.
+    """
+    given: object = hparams
+    if not isinstance(given, AdamHparams):
+        raise TypeError(f"hparams is of type {type(given).__name__}, expected AdamHparams, such as AdamHparams().")
+    leaves, treespec = optree.tree_flatten(params)
+    check_params(leaves, treespec)
+    with torch.no_grad():
+        if per_leaf_step:
+            step: TensorTree = treespec.unflatten([_zero_step(leaf.device) for leaf in leaves])
+        else:
+            device = leaves[0].device if leaves else torch.device("cpu")
+            for index, leaf in enumerate(leaves):
+                if leaf.device != device:
+                    raise ValueError(
+                        f"{path_of(treespec, index, 'params')} is on {leaf.device}, but "
+                        f"{path_of(treespec, 0, 'params')} is on {device}. A shared step has one device: "
+                        "pass per_leaf_step=True."
+                    )
+            step = _zero_step(device)
+        return AdamState(
+            step=step,
+            exp_avg=treespec.unflatten(_zeros_like(leaves)),
+            exp_avg_sq=treespec.unflatten(_zeros_like(leaves)),
+            max_exp_avg_sq=treespec.unflatten(_zeros_like(leaves)) if hparams.amsgrad else (),
+        )
+
+
+def _zero_step(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def _zeros_like(leaves: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(leaf) for leaf in leaves]

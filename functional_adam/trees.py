@@ -1,0 +1,57 @@
+"""Pytrees by optree: flatten one tree like another, and say where and how two trees differ."""
+
+from typing import Any
+
+import optree
+from optree import PyTreeSpec
+
+
+def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
+    """Leaf `index` of `treespec` as Python code: `params['layer'][0]`."""
+    return treespec.accessors()[index].codify(root)
+
+
+def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> list[Any]:
+    """What stands in `tree` where `params`, whose structure is `treespec`, has its leaves."""
+    try:
+        return treespec.flatten_up_to(tree)
+    except ValueError as error:
+        message = _difference(params, tree, optree.PyTreeAccessor(), name) or f"{name}: {error}"
+        raise ValueError(f"{message} {name} must have the structure of params.") from None
+
+
+def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) -> str | None:
+    """The first place where the nodes of `params` are not met by `tree`, in a sentence."""
+    if params is not None and optree.tree_is_leaf(params):
+        return None
+    here, there = at.codify(name), at.codify("params")
+    if params is None:
+        return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
+    expected = optree.tree_flatten_one_level(params)
+    if tree is None or optree.tree_is_leaf(tree):
+        return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
+    got = optree.tree_flatten_one_level(tree)
+    if isinstance(params, dict) and isinstance(tree, dict):
+        missing = [key for key in expected.entries if key not in tree]
+        extra = [key for key in got.entries if key not in params]
+        if missing or extra:
+            lacks = f" lacks {missing}" if missing else ""
+            adds = f" has the extra {extra}" if extra else ""
+            return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
+        children = [tree[key] for key in expected.entries]
+    elif type(params) is not type(tree):
+        return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
+    elif len(expected.children) != len(got.children):
+        return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
+    else:
+        children = got.children
+    for key, param, child in zip(expected.entries, expected.children, children, strict=True):
+        entry = expected.path_entry_type(key, expected.type, expected.kind)
+        found = _difference(param, child, at + entry, name)
+        if found:
+            return found
+    return None
+
+
+def _kind(tree: Any) -> str:
+    return "None" if tree is None else f"of type {type(tree).__name__}"

@@ -1,0 +1,185 @@
+"""adam_update: check everything, choose what computes, and put the trees together again."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_adam.arguments import Arguments, flatten_arguments
+from functional_adam.donation import check_donation, release, replace_steps_
+from functional_adam.equations import Scalars, update_leaf
+from functional_adam.hparams import AdamHparams, Scalar
+from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
+from functional_adam.leaves import Leaves
+from functional_adam.state import AdamState, TensorTree
+from functional_adam.tracking import is_readable, is_tracing, is_transformed, requires_grad
+
+
+def adam_update(
+    params: TensorTree,
+    grads: TensorTree,
+    state: AdamState,
+    hparams: AdamHparams,
+    *,
+    kernel: KernelName = "auto",
+    donate: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+) -> tuple[TensorTree, AdamState]:
+    """One step of Adam, as a pure function.
+
+    With g the gradient, t the number of this update, b1 and b2 the betas, and m, v, u the moments `exp_avg`,
+    `exp_avg_sq` and `max_exp_avg_sq`, each leaf p becomes::
+
+        g = g / grad_scale                  if given
+        g = -g                              if maximize
+        g = g + weight_decay * p            or p = p * (1 - lr * weight_decay) if decoupled
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        u = max(u, v)                       if amsgrad
+        p = p - lr / (1 - b1^t) * m / (sqrt(v or u) / sqrt(1 - b2^t) + eps)
+
+    Nothing given is changed, unless donated. Where autograd, `torch.func` or a compiler watches, the update is
+    differentiable and mappable like any torch function, and is computed by out-of-place operations, not by a kernel.
+
+    Args:
+        params: pytree of floating or complex tensors of any shape and layout, in units U.
+        grads: like params, in L/U. A leaf of another dtype is cast to the wider of the parameter's and the moments'.
+            A leaf may be None if it has a step of its own; it then stands still.
+        state: from `adam_init` or the previous update.
+        hparams: the hyperparameters.
+        kernel: "single", "foreach" or "fused": which of torch's kernels computes; "auto" is the fastest that can.
+        donate: reuse the memory of `params` and `state` for the results. The donated state cannot be used again.
+            Gradients are never written.
+        grad_scale: number or 0-dim tensor that divides the gradients first, in float32.
+        found_inf: number or 0-dim tensor; unless it is 0, the step changes nothing at all, `step` included.
+
+    Returns:
+        `(new_params, new_state)`, of the structure, shapes, dtypes and devices of `params` and `state`, with the
+        strides of each leaf where it is dense, else those of `torch.empty_like`. The tensors share no memory with
+        anything given, unless donated, and parameters are plain tensors.
+
+    Raises:
+        TypeError: an argument or a leaf is of the wrong type, such as a sparse or integer gradient.
+        ValueError: structure, shape or device of a leaf does not match params; a missing or superfluous AMSGrad
+            moment; an unknown kernel; a gradient that is None where all leaves share one step.
+        RuntimeError: the kernel cannot run here; a state is used after it was donated; a donation that autograd
+            would notice, or of memory that overlaps.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0, -2.0])}
+        >>> hparams = AdamHparams(lr=0.1)
+        >>> state = adam_init(params, hparams)
+        >>> grads = torch.func.grad(lambda p: (p["w"] ** 2).sum())(params)
+        >>> params, state = adam_update(params, grads, state, hparams)
+        >>> params["w"], state.step
+        (tensor([ 0.9000, -1.9000]), tensor(1.))
+
+    Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
+    """
+    given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
+    check_kernel_name(kernel)
+    watched_by = _watcher(given)
+    if donate:
+        if watched_by not in (None, _TRACER) or requires_grad(given.tensors):
+            raise RuntimeError(
+                f"Cannot donate: the update is watched by {watched_by}, which would miss the old values. "
+                "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
+            )
+        if watched_by is None:
+            check_donation(given.leaves, given.steps, given.read_only, given.treespec)
+    if watched_by is None:
+        leaves, steps = _run_kernel(given, kernel, donate=donate)
+    else:
+        if kernel != "auto":
+            raise RuntimeError(
+                f"kernel={kernel!r} cannot run here: the update is watched by {watched_by}, and kernels can be neither "
+                "differentiated, mapped nor traced. Use kernel='auto', which runs the equations there."
+            )
+        leaves, steps = _run_equations(given, donate=donate)
+    unflatten = given.treespec.unflatten
+    return unflatten(leaves.params), AdamState(
+        step=steps[0] if given.is_step_shared else unflatten(steps),
+        exp_avg=unflatten(leaves.exp_avgs),
+        exp_avg_sq=unflatten(leaves.exp_avg_sqs),
+        max_exp_avg_sq=unflatten(leaves.max_exp_avg_sqs) if hparams.amsgrad else (),
+    )
+
+
+_TRACER = "a compiler or tracer"
+
+
+def _watcher(given: Arguments) -> str | None:
+    """Who needs the update in differentiable, mappable, traceable operations, or None."""
+    if is_tracing():
+        return _TRACER
+    if is_transformed():
+        return "a torch.func transform or a forward-mode dual level"
+    if requires_grad(given.tensors):
+        return "autograd (an input requires grad and grad mode is on)"
+    return None
+
+
+def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Leaves, list[Tensor]]:
+    scalars = Scalars(*map(_read, given.scalars))
+    found_inf = _read(given.found_inf)
+    chosen = select_kernel(kernel, {param.device for param in given.leaves.params}, scalars)
+    old = given.leaves
+    new = old if donate else Leaves(*([x.clone() for x in column] for column in old[:4]), old.grads)
+    steps = _next_steps(given, found_inf)
+    if found_inf is not True and given.active:
+        everything = len(given.active) == len(old.params)
+        run_kernel(
+            chosen,
+            new if everything else new.take(given.active),
+            given.per_leaf(steps) if everything else [steps[0 if given.is_step_shared else i] for i in given.active],
+            scalars,
+            grad_scale=_read(given.grad_scale),
+            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+        )
+    if donate:
+        steps = replace_steps_(given.steps, steps)
+        new = new._replace(params=[release(param) for param in new.params])
+    return new, steps
+
+
+def _run_equations(given: Arguments, *, donate: bool) -> tuple[Leaves, list[Tensor]]:
+    old = given.leaves
+    new = Leaves(*([x.clone() for x in column] for column in old[:4]), old.grads)
+    steps = given.per_leaf([step + 1 for step in given.steps])
+    for i in given.active:
+        p, m, v, g = old.params[i], old.exp_avgs[i], old.exp_avg_sqs[i], old.grads[i]
+        u = old.max_exp_avg_sqs[i] if given.scalars.amsgrad else None
+        stays = None if given.found_inf is None else given.found_inf.to(p.device)
+        if stays is not None:
+            # Where nothing may change, no infinity may reach a derivative either.
+            g = torch.where(stays, 0, g)
+        rows = update_leaf(p, m, v, u, g, steps[i], given.scalars, grad_scale=given.grad_scale)
+        for column, before, after in zip(new, (p, m, v, u), rows, strict=False):
+            if before is not None and after is not None:
+                column[i] = after if stays is None else torch.where(stays, before, after)
+    new_steps = _next_steps(given, given.found_inf)
+    if not donate:
+        return new, new_steps
+    for buffer, value in zip((*old.buffers, *given.steps), (*new.buffers, *new_steps), strict=True):
+        buffer.copy_(value)
+    return old, given.steps
+
+
+def _next_steps(given: Arguments, found_inf: Tensor | bool | None) -> list[Tensor]:
+    """All steps after this update, in fresh memory: leaves without a gradient and skipped updates count nothing."""
+    moving = set(given.active) if given.active or given.leaves.params else {0}
+    steps: list[Tensor] = []
+    for index, step in enumerate(given.steps):
+        if found_inf is True or (index not in moving and not (given.is_step_shared and moving)):
+            steps.append(step.clone())
+        elif isinstance(found_inf, Tensor):
+            steps.append(torch.where(found_inf.to(step.device), step, step + 1))
+        else:
+            steps.append(step + 1)
+    return steps
+
+
+def _read(x: Any) -> Any:
+    """`x` as a Python number where that costs nothing and hides nothing."""
+    return x.item() if isinstance(x, Tensor) and is_readable(x) else x
