@@ -11,7 +11,7 @@ from torch import Tensor
 from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
 from functional_adam.hparams import AdamHparams, Scalar, check_hparams
-from functional_adam.leaves import Leaves, check_leaves
+from functional_adam.leaves import Buffers, check_leaves
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.trees import flatten_like, path_of
 
@@ -20,8 +20,8 @@ class Arguments(NamedTuple):
     """What `adam_update` was given."""
 
     treespec: PyTreeSpec
-    leaves: Leaves  # grads may hold None
-    active: list[int]  # leaves that have a gradient
+    buffers: Buffers
+    grads: list[Tensor | None]
     steps: list[Tensor]  # one if shared, else one a leaf
     is_step_shared: bool
     scalars: Scalars
@@ -29,19 +29,15 @@ class Arguments(NamedTuple):
     found_inf: Tensor | None  # bool
 
     @property
-    def read_only(self) -> list[Tensor]:
-        """Tensors that no update writes."""
-        values = (*self.leaves.grads, *self.scalars, self.grad_scale, self.found_inf)
-        return [x for x in values if isinstance(x, Tensor)]
+    def others(self) -> list[Tensor]:
+        """Tensors that belong to no leaf."""
+        return [x for x in (*self.scalars, self.grad_scale, self.found_inf) if isinstance(x, Tensor)]
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor given."""
-        return [*self.leaves.buffers, *self.steps, *self.read_only]
-
-    def per_leaf(self, steps: list[Tensor]) -> list[Tensor]:
-        """`steps` once for each leaf."""
-        return steps * len(self.leaves.params) if self.is_step_shared else steps
+        grads = [grad for grad in self.grads if grad is not None]
+        return [*self.buffers.flat, *grads, *self.steps, *self.others]
 
 
 def flatten_arguments(
@@ -58,26 +54,22 @@ def flatten_arguments(
     found = None if found_inf is None else _zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
     param_leaves, treespec = optree.tree_flatten(params)
     steps = _flatten_steps(state, treespec, params)
-    leaves = Leaves(
+    buffers = Buffers(
         params=param_leaves,
         exp_avgs=flatten_like(treespec, state.exp_avg, "state.exp_avg", params),
         exp_avg_sqs=flatten_like(treespec, state.exp_avg_sq, "state.exp_avg_sq", params),
         max_exp_avg_sqs=_flatten_maxima(state, hparams, treespec, params),
-        grads=flatten_like(treespec, grads, "grads", params),
     )
-    check_leaves(leaves, treespec)
+    grad_leaves = flatten_like(treespec, grads, "grads", params)
+    check_leaves(buffers, grad_leaves, treespec)
     is_step_shared = isinstance(state.step, Tensor)
-    _check_steps(steps, leaves.params, is_step_shared, treespec)
-    active = [index for index, grad in enumerate(leaves.grads) if grad is not None]  # pyright: ignore
-    if len(active) < len(param_leaves) and is_step_shared and not treespec.is_leaf():
-        index = next(i for i in range(len(param_leaves)) if i not in active)
-        raise ValueError(
-            f"{path_of(treespec, index, 'grads')} is None, but all leaves share one step, which cannot stand still for "
-            "one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips the leaf."
-        )
+    _check_steps(steps, buffers.params, is_step_shared, treespec)
+    # A bare tensor's shared step is its own.
+    if is_step_shared and not treespec.is_leaf():
+        _check_all_given(grad_leaves, treespec)
     flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
     scalars = Scalars(*hparams.numbers(), *flags)
-    return Arguments(treespec, leaves, active, steps, is_step_shared, scalars, scale, found)
+    return Arguments(treespec, buffers, grad_leaves, steps, is_step_shared, scalars, scale, found)
 
 
 def _check_types(grads: Any, state: Any, hparams: Any) -> None:
@@ -86,14 +78,22 @@ def _check_types(grads: Any, state: Any, hparams: Any) -> None:
         raise TypeError(f"grads is an AdamState, expected a pytree of gradients. {order}")
     if not isinstance(state, AdamState):
         raise TypeError(f"state is of type {type(state).__name__}, expected the AdamState of adam_init. {order}")
-    if not isinstance(hparams, AdamHparams):
-        raise TypeError(f"hparams is of type {type(hparams).__name__}, expected AdamHparams. {order}")
     check_hparams(hparams)
     if not _is_absent(state.master_params):
         raise ValueError(
             f"state.master_params is of type {type(state.master_params).__name__}, expected (). "
             "Master parameters are reserved for a later version: leave the field out."
         )
+
+
+def _check_all_given(grads: list[Any], treespec: PyTreeSpec) -> None:
+    for index, grad in enumerate(grads):
+        if grad is None:
+            raise ValueError(
+                f"{path_of(treespec, index, 'grads')} is None, but all leaves share one step, which cannot stand still "
+                "for one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips "
+                "the leaf."
+            )
 
 
 def _zero_dim(value: Any, name: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.leaves import Leaves
+from functional_adam.leaves import BUFFER_NAMES, Buffers
 from functional_adam.trees import path_of
 
 
@@ -27,7 +27,7 @@ def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     for step, value in zip(fresh, new, strict=True):
         step.copy_(value)
     for step in old:
-        step.set_()
+        step.set_()  # pyright: ignore[reportCallIssue] (the overload without arguments has no stub)
     return fresh
 
 
@@ -36,38 +36,29 @@ def release(param: Tensor) -> Tensor:
     return param.detach() if param.requires_grad or isinstance(param, torch.nn.Parameter) else param
 
 
-def check_donation(leaves: Leaves, steps: list[Tensor], read_only: list[Tensor], treespec: PyTreeSpec) -> None:
-    """Raise RuntimeError if a buffer cannot be written, or writing it would change another tensor of the call."""
-    written = [*leaves.buffers, *steps]
+def check_donation(
+    buffers: Buffers, steps: list[Tensor], grads: list[Tensor | None], others: list[Tensor], treespec: PyTreeSpec
+) -> None:
+    """Raise RuntimeError if a buffer cannot be written, or if writing it would change another tensor of the call."""
+    written = [*buffers.flat, *steps]
     if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in written):
         raise RuntimeError(
             "Cannot donate tensors made under torch.inference_mode() outside of it. "
             "Update them under inference_mode, or without donate."
         )
-    found = find_overlap(written, read_only)
+    given = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+    found = find_overlap(written, [*(grad for _, grad in given), *others])
     if found is None:
         return
-    first, second = (_name(index, leaves, len(steps), treespec) for index in found)
+    step_leaves = range(len(steps)) if len(steps) == len(buffers.params) else ()
+    owners = [(root, i) for root, column in zip(BUFFER_NAMES, buffers, strict=True) for i in range(len(column))]
+    owners += [("state.step", i) for i in step_leaves] or [("state.step", -1)]
+    owners += [("grads", i) for i, _ in given] + [("a hyperparameter, grad_scale or found_inf", -1)] * len(others)
+    first, second = (root if i < 0 else path_of(treespec, i, root) for root, i in (owners[j] for j in found))
     what = "overlaps itself" if first == second else f"shares memory with {second}"
     raise RuntimeError(
         f"Cannot donate {first}: it {what}, so that writing one would change the other. "
         "Clone one of them, or update without donate."
-    )
-
-
-def _name(index: int, leaves: Leaves, step_count: int, treespec: PyTreeSpec) -> str:
-    roots = ["params", "state.exp_avg", "state.exp_avg_sq", *(["state.max_exp_avg_sq"] * bool(leaves.max_exp_avg_sqs))]
-    count = len(leaves.params)
-    row, column = divmod(index, count) if count else (0, index)
-    if row < len(roots) and count:
-        return path_of(treespec, column, roots[row])
-    index -= count * len(roots)
-    if index < step_count:
-        return "state.step" if step_count == 1 else path_of(treespec, index, "state.step")
-    index -= step_count
-    given = [i for i, grad in enumerate(leaves.grads) if grad is not None]  # pyright: ignore
-    return (
-        path_of(treespec, given[index], "grads") if index < len(given) else "a hyperparameter, grad_scale or found_inf"
     )
 
 
@@ -77,7 +68,7 @@ class _Span(NamedTuple):
     start: int
     end: int
     is_read: bool
-    index: int
+    place: int
     tensor: Tensor
 
 
@@ -152,18 +143,18 @@ def _shared_element(run: list[_Span]) -> tuple[int, int] | None:
     first = run[0].start
     unit = math.gcd(*(span.start - first for span in run), *(span.tensor.element_size() for span in run))
     owner = torch.zeros((max(span.end for span in run) - first) // unit, dtype=torch.int32, device="cpu")
-    for span in sorted(run, key=_index):
+    for span in sorted(run, key=_place):
         tensor, parts = span.tensor, span.tensor.element_size() // unit
         elements = owner.as_strided(
             (*tensor.shape, parts), (*(parts * s for s in tensor.stride()), 1), (span.start - first) // unit
         )
         other = int(elements.max())
         if other:
-            return other - 1, span.index
+            return other - 1, span.place
         if not span.is_read:
-            elements.fill_(span.index + 1)
+            elements.fill_(span.place + 1)
     return None
 
 
-def _index(span: _Span) -> int:
-    return span.index
+def _place(span: _Span) -> int:
+    return span.place

@@ -1,7 +1,8 @@
 """Adam's equations for one leaf, out of place. Every kernel and every derivative is tested against this file."""
 
+from collections.abc import Callable
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,27 +22,24 @@ class Scalars(NamedTuple):
     maximize: bool
     decoupled_weight_decay: bool
 
+    def map(self, function: Callable[[Scalar], Scalar]) -> "Scalars":
+        """`function` of each number; flags stay."""
+        numbers = map(function, (self.lr, self.beta1, self.beta2, self.eps, self.weight_decay))
+        return self._replace(**dict(zip(self._fields, numbers, strict=False)))
 
-def update_leaf(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    grad: Tensor,
-    step: Tensor,
-    h: Scalars,
-    *,
-    grad_scale: Scalar | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The next `(param, exp_avg, exp_avg_sq, max_exp_avg_sq)`; `step` already counts this update."""
-    buffers = (param, exp_avg, exp_avg_sq, max_exp_avg_sq)
-    wide = compute_dtype(param, exp_avg, exp_avg_sq, max_exp_avg_sq)
+
+Row: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""(param, exp_avg, exp_avg_sq, max_exp_avg_sq or None): what an update replaces in one leaf."""
+
+
+def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Scalar | None = None) -> Row:
+    """The next `row`; `step` already counts this update."""
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq = row
+    wide = compute_dtype(*row)
     # Half types are computed in float32 and rounded once: in float16 eps=1e-8 is 0.
     real = torch.promote_types(wide.to_real(), torch.float32)
-    p, m, v, u = (None if x is None else as_real(x).to(real) for x in buffers)
-    assert p is not None and m is not None and v is not None
-    g = as_real(grad.to(wide)).to(real)
-    t = precise(step)
+    p, m, v, g = (as_real(x.to(wide)).to(real) for x in (param, exp_avg, exp_avg_sq, grad))
+    u = None if max_exp_avg_sq is None else as_real(max_exp_avg_sq.to(wide)).to(real)
     b1, b2 = precise(h.beta1), precise(h.beta2)
 
     def scalar(x: Scalar) -> Scalar:
@@ -57,22 +55,20 @@ def update_leaf(
         g = g + p * scalar(h.weight_decay)
     m = torch.lerp(m, g, scalar(1 - b1))
     v = v * scalar(b2) + g * g * scalar(1 - b2)
-    if h.amsgrad:
-        assert u is not None
+    if u is not None:
         u = torch.maximum(u, v)
-    step_size, root_correction = corrections(t, h.lr, b1, b2)
+    step_size, root_correction = corrections(step, h)
     denominator = sqrt(v if u is None else u) / scalar(root_correction) + scalar(h.eps)
     p = p - m / denominator * scalar(step_size)
 
-    new = (p, m, v, u)
-    return tuple(  # pyright: ignore[reportReturnType] (as long as buffers)
-        None if x is None or old is None else _like(x, old) for x, old in zip(new, buffers, strict=True)
-    )
+    largest = None if u is None or max_exp_avg_sq is None else _like(u, max_exp_avg_sq)
+    return _like(p, param), _like(m, exp_avg), _like(v, exp_avg_sq), largest
 
 
-def corrections(t: Scalar, lr: Scalar, b1: Scalar, b2: Scalar) -> tuple[Scalar, Scalar]:
-    """`lr / (1 - b1^t)` and `sqrt(1 - b2^t)`: numbers if all are numbers, else precise 0-dim tensors."""
-    return precise(lr) / (1 - b1**t), (1 - b2**t) ** 0.5
+def corrections(step: Scalar, h: Scalars) -> tuple[Scalar, Scalar]:
+    """`lr / (1 - beta1^step)` and `sqrt(1 - beta2^step)`: numbers if all are numbers, else precise 0-dim tensors."""
+    t = precise(step)
+    return precise(h.lr) / (1 - precise(h.beta1) ** t), (1 - precise(h.beta2) ** t) ** 0.5
 
 
 def precise(x: Scalar) -> Scalar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,8 +98,18 @@ def check_scalar(value: Any, where: str) -> None:
         raise TypeError(f"{where} is {value!r} ({type(value).__name__}). Expected a number or a 0-dim tensor.")
 
 
-def check_hparams(hparams: AdamHparams) -> None:
-    """Raise unless every number of `hparams` is one number: stacked or rebuilt hyperparameters may not be."""
+def check_hparams_type(hparams: Any) -> None:
+    """Raise TypeError unless `hparams` is an AdamHparams."""
+    if not isinstance(hparams, AdamHparams):
+        raise TypeError(
+            f"hparams is of type {type(hparams).__name__}, expected AdamHparams. "
+            "The order is adam_update(params, grads, state, hparams) and adam_init(params, hparams)."
+        )
+
+
+def check_hparams(hparams: Any) -> None:
+    """Raise unless `hparams` holds single numbers: stacked or rebuilt hyperparameters may not."""
+    check_hparams_type(hparams)
     for name, value in zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), hparams.numbers(), strict=True):
         if type(value) is not float:
             check_scalar(value, f"hparams.{name}")
@@ -116,49 +127,48 @@ def _check_range(value: Any, where: str, what: str, *, below: float = math.inf) 
             return
         in_range = bool(((value >= 0.0) & ((value < below) | (below == math.inf))).all())
     else:
-        in_range = 0.0 <= value and (value < below or below == math.inf)
+        in_range = value >= 0.0 and (value < below or below == math.inf)
     if not in_range:
         expected = "a number >= 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ValueError(f"Invalid {what}: {value}. Expected {expected}.")
 
 
-def _flatten(hparams: AdamHparams) -> tuple[tuple[Any, ...], tuple[bool, ...], tuple[str, ...]]:
-    numbers = tuple(getattr(hparams, name) for name in _NUMBERS)
-    return numbers, tuple(getattr(hparams, name) for name in _FLAGS), _NUMBERS
+def _flatten(hparams: Any) -> tuple[list[Any], tuple[bool, ...]]:
+    return [getattr(hparams, name) for name in _NUMBERS], tuple(getattr(hparams, name) for name in _FLAGS)
 
 
-def _unflatten(flags: Iterable[bool], numbers: Iterable[Any]) -> AdamHparams:
+def _unflatten(numbers: Iterable[Any], flags: Any) -> AdamHparams:
     hparams = object.__new__(AdamHparams)
     for name, value in zip(_NUMBERS + _FLAGS, (*numbers, *flags), strict=True):
         object.__setattr__(hparams, name, value)
     return hparams
 
 
-def _flatten_with_keys(hparams: AdamHparams) -> tuple[list[tuple[Any, Any]], tuple[bool, ...]]:
-    numbers, flags, names = _flatten(hparams)
-    return [(torch_pytree.GetAttrKey(name), number) for name, number in zip(names, numbers, strict=True)], flags
+def _flatten_with_keys(hparams: Any) -> tuple[list[tuple[Any, Any]], tuple[bool, ...]]:
+    numbers, flags = _flatten(hparams)
+    return [(torch_pytree.GetAttrKey(name), number) for name, number in zip(_NUMBERS, numbers, strict=True)], flags
 
 
 def _register() -> None:
-    try:
-        # optree has no public name for its global namespace together with one's own way to rebuild.
-        from optree.registry import __GLOBAL_NAMESPACE as namespace  # pyright: ignore
-    except ImportError:
+    # optree's public names cannot do both: its global namespace, and one's own way to rebuild.
+    namespace: Any = getattr(importlib.import_module("optree.registry"), "__GLOBAL_NAMESPACE", None)
+    if namespace is None:
         # Then optree rebuilds through __init__, which checks values once more: a tree_map to negative numbers raises.
-        optree.dataclasses.register_node(AdamHparams, namespace="")
+        importlib.import_module("optree.dataclasses").register_node(AdamHparams, namespace="")
     else:
+        hparams_class: Any = AdamHparams  # optree's types want a collection
         optree.register_pytree_node(
-            AdamHparams,
-            _flatten,  # pyright: ignore[reportArgumentType] (optree wants a collection that is itself generic)
-            _unflatten,
+            hparams_class,
+            lambda hparams: (*_flatten(hparams), _NUMBERS),
+            lambda flags, numbers: _unflatten(numbers, flags),
             path_entry_type=optree.GetAttrEntry,
-            namespace=namespace,  # pyright: ignore[reportUnknownArgumentType]
+            namespace=namespace,
         )
     # torch.func flattens with torch's own pytree, not with optree.
     torch_pytree.register_pytree_node(
         AdamHparams,
-        lambda hparams: _flatten(hparams)[:2],
-        lambda numbers, flags: _unflatten(flags, numbers),  # pyright: ignore
+        _flatten,
+        _unflatten,
         serialized_type_name="functional_adam.AdamHparams",
         to_dumpable_context=list,
         from_dumpable_context=tuple,

@@ -4,14 +4,14 @@ The private torch names `_fused_adam_`, `_fused_adamw_` and `_foreach_*` stand o
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, as_real, compute_dtype, corrections, update_leaf
+from functional_adam.equations import Scalars, as_real, compute_dtype, corrections, precise, update_leaf
 from functional_adam.hparams import Scalar
-from functional_adam.leaves import Leaves
+from functional_adam.leaves import Buffers
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
@@ -56,63 +56,63 @@ def select_kernel(kernel: str, devices: set[torch.device], scalars: Scalars) -> 
 class _Batch(NamedTuple):
     """Leaves of one device and dtype as a kernel wants them, and what to copy back where afterwards."""
 
-    leaves: Leaves
+    buffers: Buffers
+    grads: list[Tensor]
     steps: list[Tensor]
     copies: list[tuple[Tensor, Tensor]]
 
 
 def run_kernel(
     kernel: str,
-    leaves: Leaves,
+    buffers: Buffers,
+    grads: list[Tensor],
     steps: list[Tensor],
     scalars: Scalars,
     *,
     grad_scale: Scalar | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Update the buffers of `leaves` in place; `steps` already count this update, gradients are only read.
+    """Update `buffers` in place; there is one of `steps` a leaf, which already counts this update.
 
-    `found_inf` is a tensor only where its value cannot be read without waiting for an accelerator.
+    `found_inf` is a bool tensor, given only where its value cannot be read without waiting for an accelerator.
     """
-    keep_old = found_inf is not None and kernel != "fused"
-    scale_in_kernel = grad_scale is not None and kernel == "fused"
     # All temporary memory is there before the first write: running out of it changes nothing.
     batches = [
         _prepare(
-            leaves.take(indices) if indices else leaves, _at(steps, indices), dtype, kernel, keep_old, scale_in_kernel
+            _Batch(buffers.take(indices), [grads[i] for i in indices], [steps[i] for i in indices], []),
+            dtype,
+            kernel,
+            copy_buffers=found_inf is not None and kernel != "fused",
+            copy_grads=grad_scale is not None and kernel == "fused",
         )
-        for dtype, indices in _groups(leaves)
+        for dtype, indices in _groups(buffers)
     ]
     for batch in batches:
-        device = batch.leaves.params[0].device
-        here = Scalars(*(x.to(device) if isinstance(x, Tensor) else x for x in scalars))
+        device = batch.grads[0].device
+        here = scalars.map(lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
-        found = None if found_inf is None else (found_inf != 0).to(device)
+        found = None if found_inf is None else found_inf.to(device)
         if kernel == "fused":
-            _run_fused(batch.leaves, batch.steps, here, scale, found)
+            _run_fused(batch, here, scale, found)
         else:
             if scale is not None:
-                batch = batch._replace(leaves=batch.leaves._replace(grads=[g / scale for g in batch.leaves.grads]))
-            if kernel == "single":
-                _run_single(batch.leaves, batch.steps, here)
-            else:
-                _run_foreach(batch.leaves, batch.steps, here)
+                batch = batch._replace(grads=[grad / scale for grad in batch.grads])
+            (_run_single if kernel == "single" else _run_foreach)(batch, here)
         for buffer, copy in batch.copies:
-            buffer.copy_(torch.where(found, buffer, copy) if keep_old and found is not None else copy)
+            buffer.copy_(copy if found is None or kernel == "fused" else torch.where(found, buffer, copy))
 
 
-def _run_single(leaves: Leaves, steps: list[Tensor], h: Scalars) -> None:
-    # torch.optim.adam._single_tensor_adam, operation for operation: its rounding is the contract.
-    for p, m, v, u, g, t in _rows(leaves, steps):
-        fixed = _fixed(t, h)
-        if fixed is None:
-            new = update_leaf(p, m, v, u, g, t, h)
-            for buffer, value in zip((p, m, v, u), new, strict=True):
+def _run_single(batch: _Batch, h: Scalars) -> None:
+    for row, g, t in zip(batch.buffers.rows(), batch.grads, batch.steps, strict=True):
+        p, m, v, u = row
+        numbers = _numbers(h, t)
+        if numbers is None:
+            for buffer, value in zip(row, update_leaf(row, g, t, h), strict=True):
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
             continue
-        step_size, root_correction = fixed
-        lr, b1, b2, eps, weight_decay = _numbers(h)
+        # torch.optim.Adam(foreach=False), operation for operation: its rounding is the contract.
+        lr, b1, b2, eps, weight_decay, step_size, root_correction = numbers
         if h.maximize:
             g = -g
         if weight_decay != 0:
@@ -128,10 +128,11 @@ def _run_single(leaves: Leaves, steps: list[Tensor], h: Scalars) -> None:
         p.addcdiv_(m, denominator, value=-step_size)
 
 
-def _run_foreach(leaves: Leaves, steps: list[Tensor], h: Scalars) -> None:
-    # torch.optim.adam._multi_tensor_adam, operation for operation where its scalars are numbers.
+def _run_foreach(batch: _Batch, h: Scalars) -> None:
+    # torch.optim.Adam(foreach=True), operation for operation where the scalars are numbers.
     ops: Any = torch
-    p, m, v, u, g = leaves
+    p, m, v, u = batch.buffers
+    g = batch.grads
     dtype = p[0].dtype
 
     def scalar(x: Scalar) -> Scalar:
@@ -141,20 +142,20 @@ def _run_foreach(leaves: Leaves, steps: list[Tensor], h: Scalars) -> None:
         g = ops._foreach_neg(g)
     if isinstance(h.weight_decay, Tensor) or h.weight_decay != 0:
         if h.decoupled_weight_decay:
-            ops._foreach_mul_(p, scalar(1 - h.lr * h.weight_decay))
+            ops._foreach_mul_(p, scalar(1 - precise(h.lr) * precise(h.weight_decay)))
         elif isinstance(h.weight_decay, Tensor):
             g = ops._foreach_add(g, ops._foreach_mul(p, scalar(h.weight_decay)))
         else:
             g = ops._foreach_add(g, p, alpha=h.weight_decay)
     if isinstance(h.beta1, Tensor):
         change = ops._foreach_sub(g, m)
-        ops._foreach_mul_(change, scalar(1 - h.beta1))
+        ops._foreach_mul_(change, scalar(1 - precise(h.beta1)))
         ops._foreach_add_(m, change)
     else:
         ops._foreach_lerp_(m, g, 1 - h.beta1)
     ops._foreach_mul_(v, scalar(h.beta2))
     if isinstance(h.beta2, Tensor):
-        ops._foreach_addcmul_(v, ops._foreach_mul(g, scalar(1 - h.beta2)), g)
+        ops._foreach_addcmul_(v, ops._foreach_mul(g, scalar(1 - precise(h.beta2))), g)
     else:
         ops._foreach_addcmul_(v, g, g, 1 - h.beta2)
     if u:
@@ -162,38 +163,35 @@ def _run_foreach(leaves: Leaves, steps: list[Tensor], h: Scalars) -> None:
     denominator = ops._foreach_sqrt(u or v)
 
     # Leaves share a step or have their own: each distinct one is corrected once.
-    seen: dict[int, tuple[Scalar, Scalar]] = {}
-    for t in steps:
-        if id(t) not in seen:
-            seen[id(t)] = _fixed(t, h) or corrections(t.double(), h.lr, h.beta1, h.beta2)
-    step_sizes, root_corrections = zip(*(seen[id(t)] for t in steps), strict=True)
-    if isinstance(step_sizes[0], float):
-        ops._foreach_div_(denominator, root_corrections)
-        ops._foreach_add_(denominator, h.eps)
-        ops._foreach_addcdiv_(p, m, denominator, [-x for x in step_sizes])
-    else:
-        ops._foreach_div_(denominator, [scalar(x) for x in root_corrections])
-        ops._foreach_add_(denominator, scalar(h.eps))
+    corrected: dict[int, tuple[Scalar, Scalar]] = {}
+    for t in batch.steps:
+        if id(t) not in corrected:
+            numbers = _numbers(h, t)
+            corrected[id(t)] = (numbers[5], numbers[6]) if numbers else corrections(t, h)
+    step_sizes, root_corrections = zip(*(corrected[id(t)] for t in batch.steps), strict=True)
+    ops._foreach_div_(denominator, [scalar(x) for x in root_corrections])
+    ops._foreach_add_(denominator, scalar(h.eps))
+    if isinstance(step_sizes[0], Tensor):
         change = ops._foreach_div(m, denominator)
         ops._foreach_mul_(change, [scalar(x) for x in step_sizes])
         ops._foreach_sub_(p, change)
+    else:
+        ops._foreach_addcdiv_(p, m, denominator, [-x for x in step_sizes])
 
 
-def _run_fused(
-    leaves: Leaves, steps: list[Tensor], h: Scalars, grad_scale: Scalar | None, found_inf: Tensor | None
-) -> None:
+def _run_fused(batch: _Batch, h: Scalars, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
     # The kernel reads `step` but does not advance it, writes unscaled gradients back (so they are copies here), and
     # skips on exactly 1.0.
-    device = leaves.params[0].device
-    scale = None if grad_scale is None else torch.as_tensor(grad_scale, dtype=torch.float32, device=device)
     kernel = _fused_adamw_ if h.decoupled_weight_decay else _fused_adam_
+    if grad_scale is not None:
+        grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=batch.grads[0].device)
     kernel(
-        leaves.params,
-        leaves.grads,
-        leaves.exp_avgs,
-        leaves.exp_avg_sqs,
-        leaves.max_exp_avg_sqs,
-        steps,
+        batch.buffers.params,
+        batch.grads,
+        batch.buffers.exp_avgs,
+        batch.buffers.exp_avg_sqs,
+        batch.buffers.max_exp_avg_sqs,
+        batch.steps,
         lr=h.lr,
         beta1=h.beta1,
         beta2=h.beta2,
@@ -201,83 +199,71 @@ def _run_fused(
         eps=h.eps,
         amsgrad=h.amsgrad,
         maximize=h.maximize,
-        grad_scale=scale,
+        grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
-    # It also leaves version counters alone, which hides the write from autograd.
-    torch.autograd.graph.increment_version(leaves.buffers)
+    # It also leaves version counters alone, which would hide the write from autograd.
+    torch.autograd.graph.increment_version(batch.buffers.flat)
 
 
-def _rows(leaves: Leaves, steps: list[Tensor]) -> Any:
-    maxima = leaves.max_exp_avg_sqs or [None] * len(steps)
-    return zip(leaves.params, leaves.exp_avgs, leaves.exp_avg_sqs, maxima, leaves.grads, steps, strict=True)
-
-
-def _numbers(h: Scalars) -> tuple[float, float, float, float, float]:
-    return h.lr, h.beta1, h.beta2, h.eps, h.weight_decay  # pyright: ignore[reportReturnType] (asked after _fixed)
-
-
-def _fixed(t: Tensor, h: Scalars) -> tuple[float, float] | None:
-    """The corrections as numbers, or None where step or hyperparameters cannot be read."""
-    if any(isinstance(x, Tensor) for x in h) or t.device.type != "cpu" or type(t) is not Tensor:
+def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:
+    """lr, beta1, beta2, eps, weight_decay and the corrections as Python numbers; None if one cannot be read here."""
+    if t.device.type != "cpu" or type(t) is not Tensor or any(isinstance(x, Tensor) for x in h):
         return None
-    return corrections(t.item(), h.lr, h.beta1, h.beta2)  # pyright: ignore[reportReturnType]
+    return cast("tuple[float, ...]", (*h[:5], *corrections(t.item(), h)))
 
 
-def _groups(leaves: Leaves) -> list[tuple[torch.dtype, list[int]]]:
-    """(compute dtype, indices) for each set of leaves that one call can take; no indices means all of them."""
-    everything = [*leaves.buffers]
-    dtypes = {x.dtype for x in everything}
-    if len(dtypes) == 1 and len({x.device for x in leaves.params}) == 1:
-        return [(dtypes.pop(), [])]
+def _groups(buffers: Buffers) -> list[tuple[torch.dtype, Sequence[int]]]:
+    """(compute dtype, indices) for each set of leaves that one call can take."""
+    dtypes = {x.dtype for x in buffers.flat}
+    if len(dtypes) == 1 and len({x.device for x in buffers.params}) == 1:
+        return [(dtypes.pop(), range(len(buffers.params)))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, (p, m, v, u, _, _) in enumerate(_rows(leaves, leaves.params)):
-        groups.setdefault((p.device, compute_dtype(p, m, v, u)), []).append(index)
+    for index, row in enumerate(buffers.rows()):
+        groups.setdefault((row[0].device, compute_dtype(*row)), []).append(index)
     return [(dtype, indices) for (_, dtype), indices in groups.items()]
 
 
-def _at(steps: list[Tensor], indices: Sequence[int]) -> list[Tensor]:
-    return [steps[i] for i in indices] if indices else steps
-
-
-def _prepare(
-    leaves: Leaves, steps: list[Tensor], dtype: torch.dtype, kernel: str, keep_old: bool, scale_in_kernel: bool
-) -> _Batch:
-    """Give the kernel what it can take: one real dtype, no lazy bits, and for fused one dense layout a leaf."""
+def _prepare(batch: _Batch, dtype: torch.dtype, kernel: str, *, copy_buffers: bool, copy_grads: bool) -> _Batch:
+    """Make `batch` what the kernel can take: of one real dtype, no lazy bits, and for fused one dense layout a leaf."""
+    everything = batch.buffers.flat + batch.grads
     if (
-        not (keep_old or scale_in_kernel or dtype.is_complex)
-        and all(x.dtype is dtype for x in leaves.grads)
-        and not any(x.is_neg() for column in leaves for x in column)
-        and (kernel != "fused" or all(x.is_contiguous() for column in leaves for x in column))
+        not (copy_buffers or copy_grads or dtype.is_complex)
+        and all(x.dtype is dtype for x in everything)
+        and not any(x.is_neg() for x in everything)
+        and (kernel != "fused" or all(x.is_contiguous() for x in everything))
     ):
-        return _Batch(leaves, steps, [])
-    ready = Leaves([], [], [], [], [])
+        return batch
+    buffers = Buffers([], [], [], [])
+    grads: list[Tensor] = []
     copies: list[tuple[Tensor, Tensor]] = []
-    for row in zip(*(column or [None] * len(steps) for column in leaves), strict=True):
-        model: Tensor | None = None  # the first of the row, the parameter: the layout that the others follow
-        for index, x in enumerate(row):
-            if x is None:
-                continue
-            is_grad = index == 4
-            copy = x.to(dtype)
-            if copy is x and (keep_old and not is_grad or scale_in_kernel and is_grad):
-                copy = x.clone()
-            copy = copy.resolve_conj().resolve_neg()
-            if kernel == "fused":
-                copy = _in_layout(copy, copy if model is None else model)
-            if copy is not x and not is_grad:
-                copies.append((x, copy))
-            model = copy if model is None else model
-            ready[index].append(as_real(copy))
-    return _Batch(ready, steps, copies)
+    for row, grad in zip(batch.buffers.rows(), batch.grads, strict=True):
+        model: Tensor | None = None  # the parameter, whose layout the others follow
+        for column, x in zip(buffers, row, strict=True):
+            if x is not None:
+                ready = _ready(x, dtype, model, copy=copy_buffers, dense=kernel == "fused")
+                model = ready if model is None else model
+                if ready is not x:
+                    copies.append((x, ready))
+                column.append(as_real(ready))
+        grads.append(as_real(_ready(grad, dtype, model, copy=copy_grads, dense=kernel == "fused")))
+    return _Batch(buffers, grads, batch.steps, copies)
 
 
-def _in_layout(x: Tensor, model: Tensor) -> Tensor:
-    """`x`, or a copy of it, with elements in memory in the order of `model`, which may be `x` itself."""
-    if x is model:
-        return x if is_dense(x) else x.clone(memory_format=torch.preserve_format)
-    same = all(a == b for a, b, n in zip(x.stride(), model.stride(), x.shape, strict=True) if n != 1)
-    return x if same or x.numel() <= 1 else torch.empty_like(model).copy_(x)
+def _ready(x: Tensor, dtype: torch.dtype, model: Tensor | None, *, copy: bool, dense: bool) -> Tensor:
+    """`x`, or a copy of it where it must be one: of `dtype`, without lazy bits, if `dense` laid out like `model`."""
+    ready = x.to(dtype).resolve_conj().resolve_neg()
+    if dense:
+        if model is None:
+            ready = ready if is_dense(ready) else ready.clone()
+        elif not _is_laid_out_like(ready, model):
+            ready = torch.empty_like(model).copy_(ready)
+    return ready.clone() if copy and ready is x else ready
+
+
+def _is_laid_out_like(x: Tensor, model: Tensor) -> bool:
+    # The stride of a dimension of size 1 says nothing about memory.
+    return x.numel() <= 1 or all(a == b for a, b, n in zip(x.stride(), model.stride(), x.shape, strict=True) if n != 1)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The leaves of an update as parallel lists, and what makes a tensor fit to be one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
+from functional_adam.equations import Row
 from functional_adam.tracking import is_tracing
 from functional_adam.trees import path_of
 
@@ -16,23 +17,34 @@ DTYPES = frozenset(
 )
 
 
-class Leaves(NamedTuple):
-    """What one update works on, leaf by leaf."""
+class Buffers(NamedTuple):
+    """What an update replaces, as parallel lists with one tensor a leaf."""
 
     params: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
-    grads: list[Tensor]  # only read
 
     @property
-    def buffers(self) -> list[Tensor]:
-        """What an update replaces: parameters and moments."""
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs]
+    def flat(self) -> list[Tensor]:
+        """All of them, list after list."""
+        return [x for column in self for x in column]
 
-    def take(self, indices: Sequence[int]) -> "Leaves":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Buffers":
+        """`function` of each tensor."""
+        return Buffers(*([function(x) for x in column] for column in self))
+
+    def take(self, indices: Sequence[int]) -> "Buffers":
         """The leaves at `indices` only."""
-        return Leaves(*([column[i] for i in indices] if column else [] for column in self))
+        return Buffers(*([column[i] for i in indices] if column else [] for column in self))
+
+    def rows(self) -> Iterator[Row]:
+        """The buffers leaf by leaf."""
+        maxima = self.max_exp_avg_sqs or [None] * len(self.params)
+        return zip(self.params, self.exp_avgs, self.exp_avg_sqs, maxima, strict=True)
+
+
+BUFFER_NAMES = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
 
 
 def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
@@ -43,43 +55,35 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
 
 
-def check_leaves(leaves: Leaves, treespec: PyTreeSpec) -> None:
-    """Raise unless moments and gradients (those that are not None) fit the parameters leaf by leaf."""
-    if _are_uniform(leaves):
+def check_leaves(buffers: Buffers, grads: Sequence[Any], treespec: PyTreeSpec) -> None:
+    """Raise unless moments, and gradients where they are not None, fit the parameters leaf by leaf."""
+    if not is_tracing() and _are_uniform(buffers, grads):
         return
-    check_params(leaves.params, treespec)
-    names = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq", "grads")
-    for name, column in zip(names, leaves, strict=True):
+    check_params(buffers.params, treespec)
+    for name, column in zip((*BUFFER_NAMES, "grads"), (*buffers, grads), strict=True):
         for index, tensor in enumerate(column):
-            if name == "grads" and tensor is None:  # pyright: ignore[reportUnnecessaryComparison] (not yet checked)
+            if tensor is None and name == "grads":
                 continue
-            fault = _tensor_fault(tensor)
-            if fault:
-                raise TypeError(f"{path_of(treespec, index, name)} {fault}")
-            error, got, expected = _misfit(tensor, leaves.params[index], is_grad=name == "grads")
+            error, fault = _misfit(tensor, buffers.params[index], is_grad=name == "grads")
             if error:
-                raise error(
-                    f"{path_of(treespec, index, name)} {got}, but {path_of(treespec, index, 'params')} {expected}. "
-                    f"{name} must match params leaf by leaf."
-                )
+                path, param_path = path_of(treespec, index, name), path_of(treespec, index, "params")
+                raise error(fault.format(path=path, param_path=param_path))
 
 
-def _are_uniform(leaves: Leaves) -> bool:
-    """Whether all leaves are alike and fit, which is most often so and quick to see."""
-    if is_tracing():
-        return False
-    everything: Iterable[Any] = [x for column in leaves for x in column if x is not None]  # pyright: ignore
+def _are_uniform(buffers: Buffers, grads: Sequence[Any]) -> bool:
+    """Whether all tensors are plain, of one dtype and device, and of the shapes of their parameters."""
+    everything: list[Any] = buffers.flat + [grad for grad in grads if grad is not None]
     if not {*map(type, everything)} <= {Tensor, torch.nn.Parameter} or any(map(attrgetter("is_nested"), everything)):
         return False
     dtypes = {*map(attrgetter("dtype"), everything)}
-    shapes = [*map(attrgetter("shape"), leaves.params)]
+    shapes = [*map(attrgetter("shape"), buffers.params)]
     return (
         len(dtypes) == 1
         and dtypes <= DTYPES
         and {*map(attrgetter("layout"), everything)} == {torch.strided}
         and len({*map(attrgetter("device"), everything)}) == 1
-        and all([*map(attrgetter("shape"), column)] == shapes for column in leaves[1:4] if column)
-        and all(g is None or g.shape == shape for g, shape in zip(leaves.grads, shapes, strict=True))  # pyright: ignore
+        and all([*map(attrgetter("shape"), column)] == shapes for column in buffers[1:] if column)
+        and all(grad is None or grad.shape == shape for grad, shape in zip(grads, shapes, strict=True))
     )
 
 
@@ -95,13 +99,18 @@ def _tensor_fault(tensor: Any) -> str | None:
     return None
 
 
-def _misfit(tensor: Tensor, param: Tensor, *, is_grad: bool) -> tuple[type[Exception] | None, str, str]:
-    """The error class, what came and what was expected; no class if `tensor` fits `param`."""
+def _misfit(tensor: Any, param: Tensor, *, is_grad: bool) -> tuple[type[Exception] | None, str]:
+    """The error class and its text, with places for the paths; no class if `tensor` fits `param`."""
+    fault = _tensor_fault(tensor)
+    if fault:
+        return TypeError, f"{{path}} {fault}"
+    advice = ("Gradients" if is_grad else "The moments, made by adam_init,") + " must match params leaf by leaf."
     if tensor.shape != param.shape:
-        return ValueError, f"has shape {tuple(tensor.shape)}", f"has shape {tuple(param.shape)}"
+        got, expected = f"has shape {tuple(tensor.shape)}", f"has shape {tuple(param.shape)}"
+        return ValueError, f"{{path}} {got}, but {{param_path}} {expected}. {advice}"
     if tensor.device != param.device:
-        return ValueError, f"is on {tensor.device}", f"is on {param.device}"
+        return ValueError, f"{{path}} is on {tensor.device}, but {{param_path}} is on {param.device}. {advice}"
     # A real gradient may meet a complex parameter; nothing else may change its kind.
     if tensor.is_complex() != param.is_complex() and not (is_grad and param.is_complex()):
-        return TypeError, f"is of {tensor.dtype}", f"is of {param.dtype}"
-    return None, "", ""
+        return TypeError, f"{{path}} is of {tensor.dtype}, but {{param_path}} is of {param.dtype}. {advice}"
+    return None, ""

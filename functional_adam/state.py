@@ -6,7 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams
+from functional_adam.hparams import AdamHparams, check_hparams_type
 from functional_adam.leaves import check_params
 from functional_adam.trees import path_of
 
@@ -54,9 +54,7 @@ def adam_init(params: TensorTree, hparams: AdamHparams, *, per_leaf_step: bool =
 
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1.
     """
-    given: object = hparams
-    if not isinstance(given, AdamHparams):
-        raise TypeError(f"hparams is of type {type(given).__name__}, expected AdamHparams, such as AdamHparams().")
+    check_hparams_type(hparams)
     leaves, treespec = optree.tree_flatten(params)
     check_params(leaves, treespec)
     with torch.no_grad():

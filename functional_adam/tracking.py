@@ -4,14 +4,16 @@ All private torch names that answer it stand here. Each is looked up by capabili
 errs towards "tracked", which costs speed and never a derivative.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_C: Any = getattr(torch, "_C", None)
+_is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
 
 def is_tracing() -> bool:
@@ -24,7 +26,7 @@ def is_transformed() -> bool:
     # Dynamo cannot trace the question, and has its own way with transforms.
     if torch.compiler.is_compiling():
         return False
-    return _functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
+    return _is_functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def requires_grad(tensors: Iterable[Tensor]) -> bool:

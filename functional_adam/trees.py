@@ -1,5 +1,6 @@
 """Pytrees by optree: flatten one tree like another, and say where and how two trees differ."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -31,20 +32,20 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
     if tree is None or optree.tree_is_leaf(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
     got = optree.tree_flatten_one_level(tree)
-    if isinstance(params, dict) and isinstance(tree, dict):
-        missing = [key for key in expected.entries if key not in tree]
-        extra = [key for key in got.entries if key not in params]
+    children: Sequence[Any] = got.children
+    if issubclass(expected.type, dict) and issubclass(got.type, dict):
+        by_key: dict[Any, Any] = dict(zip(got.entries, got.children, strict=True))
+        missing = [key for key in expected.entries if key not in by_key]
+        extra = [key for key in got.entries if key not in expected.entries]
         if missing or extra:
             lacks = f" lacks {missing}" if missing else ""
             adds = f" has the extra {extra}" if extra else ""
             return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
-        children = [tree[key] for key in expected.entries]
+        children = [by_key[key] for key in expected.entries]
     elif type(params) is not type(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
     elif len(expected.children) != len(got.children):
         return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
-    else:
-        children = got.children
     for key, param, child in zip(expected.entries, expected.children, children, strict=True):
         entry = expected.path_entry_type(key, expected.type, expected.kind)
         found = _difference(param, child, at + entry, name)

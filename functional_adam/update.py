@@ -1,5 +1,6 @@
 """adam_update: check everything, choose what computes, and put the trees together again."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
 from functional_adam.donation import check_donation, release, replace_steps_
-from functional_adam.equations import Scalars, update_leaf
+from functional_adam.equations import Row, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
-from functional_adam.leaves import Leaves
+from functional_adam.leaves import Buffers
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.tracking import is_readable, is_tracing, is_transformed, requires_grad
 
@@ -87,22 +88,22 @@ def adam_update(
                 "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
             )
         if watched_by is None:
-            check_donation(given.leaves, given.steps, given.read_only, given.treespec)
+            check_donation(given.buffers, given.steps, given.grads, given.others, given.treespec)
     if watched_by is None:
-        leaves, steps = _run_kernel(given, kernel, donate=donate)
+        buffers, steps = _run_kernel(given, kernel, donate=donate)
     else:
         if kernel != "auto":
             raise RuntimeError(
                 f"kernel={kernel!r} cannot run here: the update is watched by {watched_by}, and kernels can be neither "
                 "differentiated, mapped nor traced. Use kernel='auto', which runs the equations there."
             )
-        leaves, steps = _run_equations(given, donate=donate)
+        buffers, steps = _run_equations(given, donate=donate)
     unflatten = given.treespec.unflatten
-    return unflatten(leaves.params), AdamState(
+    return unflatten(buffers.params), AdamState(
         step=steps[0] if given.is_step_shared else unflatten(steps),
-        exp_avg=unflatten(leaves.exp_avgs),
-        exp_avg_sq=unflatten(leaves.exp_avg_sqs),
-        max_exp_avg_sq=unflatten(leaves.max_exp_avg_sqs) if hparams.amsgrad else (),
+        exp_avg=unflatten(buffers.exp_avgs),
+        exp_avg_sq=unflatten(buffers.exp_avg_sqs),
+        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
     )
 
 
@@ -120,19 +121,19 @@ def _watcher(given: Arguments) -> str | None:
     return None
 
 
-def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Leaves, list[Tensor]]:
-    scalars = Scalars(*map(_read, given.scalars))
-    found_inf = _read(given.found_inf)
-    chosen = select_kernel(kernel, {param.device for param in given.leaves.params}, scalars)
-    old = given.leaves
-    new = old if donate else Leaves(*([x.clone() for x in column] for column in old[:4]), old.grads)
+def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
+    old, found_inf = given.buffers, _read(given.found_inf)
+    scalars = given.scalars.map(_read)
+    chosen = select_kernel(kernel, {param.device for param in old.params}, scalars)
+    new = old if donate else old.map(torch.clone)
     steps = _next_steps(given, found_inf)
-    if found_inf is not True and given.active:
-        everything = len(given.active) == len(old.params)
+    grads = {index: grad for index, grad in enumerate(given.grads) if grad is not None}
+    if found_inf is not True and grads:
         run_kernel(
             chosen,
-            new if everything else new.take(given.active),
-            given.per_leaf(steps) if everything else [steps[0 if given.is_step_shared else i] for i in given.active],
+            new if len(grads) == len(given.grads) else new.take([*grads]),
+            [*grads.values()],
+            [steps[0 if given.is_step_shared else index] for index in grads],
             scalars,
             grad_scale=_read(given.grad_scale),
             found_inf=found_inf if isinstance(found_inf, Tensor) else None,
@@ -143,41 +144,47 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     return new, steps
 
 
-def _run_equations(given: Arguments, *, donate: bool) -> tuple[Leaves, list[Tensor]]:
-    old = given.leaves
-    new = Leaves(*([x.clone() for x in column] for column in old[:4]), old.grads)
-    steps = given.per_leaf([step + 1 for step in given.steps])
-    for i in given.active:
-        p, m, v, g = old.params[i], old.exp_avgs[i], old.exp_avg_sqs[i], old.grads[i]
-        u = old.max_exp_avg_sqs[i] if given.scalars.amsgrad else None
-        stays = None if given.found_inf is None else given.found_inf.to(p.device)
-        if stays is not None:
-            # Where nothing may change, no infinity may reach a derivative either.
-            g = torch.where(stays, 0, g)
-        rows = update_leaf(p, m, v, u, g, steps[i], given.scalars, grad_scale=given.grad_scale)
-        for column, before, after in zip(new, (p, m, v, u), rows, strict=False):
-            if before is not None and after is not None:
-                column[i] = after if stays is None else torch.where(stays, before, after)
-    new_steps = _next_steps(given, given.found_inf)
+def _run_equations(given: Arguments, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
+    old = given.buffers
+    new = Buffers([], [], [], [])
+    for index, (row, grad) in enumerate(zip(old.rows(), given.grads, strict=True)):
+        step = given.steps[0 if given.is_step_shared else index]
+        for column, value in zip(new, _update_row(row, grad, step, given), strict=True):
+            if value is not None:
+                column.append(value)
+    steps = _next_steps(given, given.found_inf)
     if not donate:
-        return new, new_steps
-    for buffer, value in zip((*old.buffers, *given.steps), (*new.buffers, *new_steps), strict=True):
+        return new, steps
+    for buffer, value in zip((*old.flat, *given.steps), (*new.flat, *steps), strict=True):
         buffer.copy_(value)
     return old, given.steps
 
 
+def _update_row(row: Row, grad: Tensor | None, step: Tensor, given: Arguments) -> Iterable[Tensor | None]:
+    if grad is None:
+        return (x if x is None else x.clone() for x in row)
+    if given.found_inf is None:
+        return update_leaf(row, grad, step + 1, given.scalars, given.grad_scale)
+    stays = given.found_inf.to(grad.device)
+    # Where nothing may change, no infinity may reach a derivative either.
+    new = update_leaf(row, torch.where(stays, 0, grad), step + 1, given.scalars, given.grad_scale)
+    return (None if old is None or x is None else torch.where(stays, old, x) for old, x in zip(row, new, strict=True))
+
+
 def _next_steps(given: Arguments, found_inf: Tensor | bool | None) -> list[Tensor]:
-    """All steps after this update, in fresh memory: leaves without a gradient and skipped updates count nothing."""
-    moving = set(given.active) if given.active or given.leaves.params else {0}
-    steps: list[Tensor] = []
-    for index, step in enumerate(given.steps):
-        if found_inf is True or (index not in moving and not (given.is_step_shared and moving)):
-            steps.append(step.clone())
-        elif isinstance(found_inf, Tensor):
-            steps.append(torch.where(found_inf.to(step.device), step, step + 1))
-        else:
-            steps.append(step + 1)
-    return steps
+    """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
+
+    def following(step: Tensor, grad: Tensor | None) -> Tensor:
+        if grad is None or found_inf is True:
+            return step.clone()
+        if isinstance(found_inf, Tensor):
+            return torch.where(found_inf.to(step.device), step, step + 1)
+        return step + 1
+
+    if given.is_step_shared:
+        # All gradients are there, except that of a bare tensor, whose step is its own.
+        return [following(step, given.grads[0] if given.grads else step) for step in given.steps]
+    return [following(step, grad) for step, grad in zip(given.steps, given.grads, strict=True)]
 
 
 def _read(x: Any) -> Any:
