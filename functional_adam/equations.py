@@ -61,8 +61,8 @@ def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Sc
     denominator = sqrt(v if u is None else u) / scalar(root_correction) + scalar(h.eps)
     p = p - m / denominator * scalar(step_size)
 
-    largest = None if u is None or max_exp_avg_sq is None else _like(u, max_exp_avg_sq)
-    return _like(p, param), _like(m, exp_avg), _like(v, exp_avg_sq), largest
+    largest = None if u is None or max_exp_avg_sq is None else as_leaf(u, max_exp_avg_sq)
+    return as_leaf(p, param), as_leaf(m, exp_avg), as_leaf(v, exp_avg_sq), largest
 
 
 def corrections(step: Scalar, h: Scalars) -> tuple[Scalar, Scalar]:
@@ -94,5 +94,6 @@ def as_real(x: Tensor) -> Tensor:
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
-def _like(real: Tensor, leaf: Tensor) -> Tensor:
+def as_leaf(real: Tensor, leaf: Tensor) -> Tensor:
+    """`real`, which `as_real` made of something like `leaf`, in the dtype of `leaf`."""
     return (torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype)

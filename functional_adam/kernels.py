@@ -12,6 +12,7 @@ from torch import Tensor
 from functional_adam.equations import Scalars, as_real, compute_dtype, corrections, precise, update_leaf
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
+from functional_adam.tracking import is_host_memory
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
@@ -32,7 +33,8 @@ def obstacle(kernel: str, devices: set[torch.device], scalars: Scalars) -> str |
             if device.type not in _FUSED_DEVICES:
                 return f"there are leaves on {device}, and it runs on {' and '.join(_FUSED_DEVICES)} only"
         for name in ("beta1", "beta2", "eps", "weight_decay"):
-            if isinstance(getattr(scalars, name), Tensor):
+            value = getattr(scalars, name)
+            if isinstance(value, Tensor) and not is_host_memory(value):
                 return f"{name} is a tensor on an accelerator, and it takes numbers only (lr may be a tensor)"
     return None
 
@@ -54,11 +56,12 @@ def select_kernel(kernel: str, devices: set[torch.device], scalars: Scalars) -> 
 
 
 class _Batch(NamedTuple):
-    """Leaves of one device and dtype as a kernel wants them, and what to copy back where afterwards."""
+    """Leaves of one device, dtype and set of scalars as a kernel wants them, and what to copy back where afterwards."""
 
     buffers: Buffers
     grads: list[Tensor]
     steps: list[Tensor]
+    scalars: Scalars
     copies: list[tuple[Tensor, Tensor]]
 
 
@@ -67,29 +70,31 @@ def run_kernel(
     buffers: Buffers,
     grads: list[Tensor],
     steps: list[Tensor],
-    scalars: Scalars,
+    scalars: list[Scalars],
     *,
     grad_scale: Scalar | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Update `buffers` in place; there is one of `steps` a leaf, which already counts this update.
+    """Update `buffers` in place; there is one of `steps` a leaf, which already counts this update, and of `scalars`.
 
     `found_inf` is a bool tensor, given only where its value cannot be read without waiting for an accelerator.
     """
     # All temporary memory is there before the first write: running out of it changes nothing.
     batches = [
         _prepare(
-            _Batch(buffers.take(indices), [grads[i] for i in indices], [steps[i] for i in indices], []),
+            _Batch(
+                buffers.take(indices), [grads[i] for i in indices], [steps[i] for i in indices], scalars[indices[0]], []
+            ),
             dtype,
             kernel,
             copy_buffers=found_inf is not None and kernel != "fused",
             copy_grads=grad_scale is not None and kernel == "fused",
         )
-        for dtype, indices in _groups(buffers)
+        for dtype, indices in _groups(buffers, scalars)
     ]
     for batch in batches:
         device = batch.grads[0].device
-        here = scalars.map(lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
+        here = batch.scalars.map(lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
         found = None if found_inf is None else found_inf.to(device)
         if kernel == "fused":
@@ -213,15 +218,17 @@ def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:
     return cast("tuple[float, ...]", (*h[:5], *corrections(t.item(), h)))
 
 
-def _groups(buffers: Buffers) -> list[tuple[torch.dtype, Sequence[int]]]:
+def _groups(buffers: Buffers, scalars: list[Scalars]) -> list[tuple[torch.dtype, Sequence[int]]]:
     """(compute dtype, indices) for each set of leaves that one call can take."""
+    if not buffers.params:
+        return []
     dtypes = {x.dtype for x in buffers.flat}
-    if len(dtypes) == 1 and len({x.device for x in buffers.params}) == 1:
+    if len(dtypes) == 1 and len({x.device for x in buffers.params}) == 1 and len({*map(id, scalars)}) == 1:
         return [(dtypes.pop(), range(len(buffers.params)))]
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, Scalars], list[int]] = {}
     for index, row in enumerate(buffers.rows()):
-        groups.setdefault((row[0].device, compute_dtype(*row)), []).append(index)
-    return [(dtype, indices) for (_, dtype), indices in groups.items()]
+        groups.setdefault((row[0].device, compute_dtype(*row), scalars[index]), []).append(index)
+    return [(dtype, indices) for (_, dtype, _), indices in groups.items()]
 
 
 def _prepare(batch: _Batch, dtype: torch.dtype, kernel: str, *, copy_buffers: bool, copy_grads: bool) -> _Batch:
@@ -247,7 +254,7 @@ def _prepare(batch: _Batch, dtype: torch.dtype, kernel: str, *, copy_buffers: bo
                     copies.append((x, ready))
                 column.append(as_real(ready))
         grads.append(as_real(_ready(grad, dtype, model, copy=copy_grads, dense=kernel == "fused")))
-    return _Batch(buffers, grads, batch.steps, copies)
+    return _Batch(buffers, grads, batch.steps, batch.scalars, copies)
 
 
 def _ready(x: Tensor, dtype: torch.dtype, model: Tensor | None, *, copy: bool, dense: bool) -> Tensor:

@@ -13,7 +13,14 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _C: Any = getattr(torch, "_C", None)
+_functorch: Any = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
+
+# Without these: everything is wrapped and nothing can be unwrapped, and there may be any number of levels.
+_is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
+_is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
+_unwrap: Callable[[Tensor], Tensor] = getattr(_functorch, "get_unwrapped", lambda tensor: tensor)
+_interpreter_stack: Callable[[], Any] = getattr(_functorch, "get_interpreter_stack", lambda: None)
 
 
 def is_tracing() -> bool:
@@ -34,12 +41,36 @@ def requires_grad(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def is_host_value(tensor: Tensor) -> bool:
+    """Whether the value lies in the host's memory, where reading it costs nothing."""
+    return is_host_memory(tensor) and not _is_wrapped(tensor)
+
+
+def is_host_memory(tensor: Tensor) -> bool:
+    """Whether the value, or all the values that are mapped over, lie in the host's memory."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether nobody differentiates with respect to `tensor` or maps over it, at any level."""
+    while _is_wrapped(tensor):
+        if not _is_grad_wrapper(tensor) or tensor.requires_grad or _has_tangent(tensor):
+            return False
+        tensor = _unwrap(tensor)
+    return not tensor.requires_grad and not _has_tangent(tensor)
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether the value can be read now, for free, and without hiding it from anybody who watches."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not is_tracing()
-        and not is_transformed()
-        and not requires_grad((tensor,))
-    )
+    return is_host_value(tensor) and not (is_tracing() or is_transformed() or requires_grad((tensor,)))
+
+
+def forward_levels() -> int:
+    """How many levels of forward-mode differentiation are open."""
+    stack: Any = _interpreter_stack() or ()
+    jvp_levels = sum(interpreter.key().name == "Jvp" for interpreter in stack)
+    return jvp_levels or int(getattr(forward_ad, "_current_level", 0) >= 0)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -1,6 +1,5 @@
 """adam_update: check everything, choose what computes, and put the trees together again."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
 from functional_adam.donation import check_donation, release, replace_steps_
-from functional_adam.equations import Row, update_leaf
+from functional_adam.equations import compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
 from functional_adam.leaves import Buffers
+from functional_adam.rules import differentiable_update
 from functional_adam.state import AdamState, TensorTree
-from functional_adam.tracking import is_readable, is_tracing, is_transformed, requires_grad
+from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
 
 
 def adam_update(
@@ -40,8 +40,9 @@ def adam_update(
         u = max(u, v)                       if amsgrad
         p = p - lr / (1 - b1^t) * m / (sqrt(v or u) / sqrt(1 - b2^t) + eps)
 
-    Nothing given is changed, unless donated. Where autograd, `torch.func` or a compiler watches, the update is
-    differentiable and mappable like any torch function, and is computed by out-of-place operations, not by a kernel.
+    Nothing given is changed, unless donated. The update is differentiable to any order and mappable like any torch
+    function, and the kernel still computes it. Where none can (a compiler traces, or forward mode is nested), the
+    equations above do, as plain operations.
 
     Args:
         params: pytree of floating or complex tensors of any shape and layout, in units U.
@@ -92,12 +93,13 @@ def adam_update(
     if watched_by is None:
         buffers, steps = _run_kernel(given, kernel, donate=donate)
     else:
-        if kernel != "auto":
-            raise RuntimeError(
-                f"kernel={kernel!r} cannot run here: the update is watched by {watched_by}, and kernels can be neither "
-                "differentiated, mapped nor traced. Use kernel='auto', which runs the equations there."
-            )
-        buffers, steps = _run_equations(given, donate=donate)
+        # torch has a silent zero for forward over forward mode through any autograd.Function.
+        by_equations = watched_by == _TRACER or forward_levels() > 1
+        buffers, steps = _run_watched(given, kernel, by_equations=by_equations)
+        if donate:
+            for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
+                old.copy_(new)
+            buffers, steps = given.buffers, given.steps
     unflatten = given.treespec.unflatten
     return unflatten(buffers.params), AdamState(
         step=steps[0] if given.is_step_shared else unflatten(steps),
@@ -122,21 +124,22 @@ def _watcher(given: Arguments) -> str | None:
 
 
 def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
-    old, found_inf = given.buffers, _read(given.found_inf)
+    """In place, on the buffers if they are donated, else on copies."""
+    old, stays = given.buffers, _read(given.found_inf)
     scalars = given.scalars.map(_read)
     chosen = select_kernel(kernel, {param.device for param in old.params}, scalars)
     new = old if donate else old.map(torch.clone)
-    steps = _next_steps(given, found_inf)
+    steps = _next_steps(given, [step + 1 for step in given.steps], stays)
     grads = {index: grad for index, grad in enumerate(given.grads) if grad is not None}
-    if found_inf is not True and grads:
+    if stays is not True and grads:
         run_kernel(
             chosen,
             new if len(grads) == len(given.grads) else new.take([*grads]),
             [*grads.values()],
             [steps[0 if given.is_step_shared else index] for index in grads],
-            scalars,
+            [scalars] * len(grads),
             grad_scale=_read(given.grad_scale),
-            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+            found_inf=stays if isinstance(stays, Tensor) else None,
         )
     if donate:
         steps = replace_steps_(given.steps, steps)
@@ -144,47 +147,67 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     return new, steps
 
 
-def _run_equations(given: Arguments, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
-    old = given.buffers
-    new = Buffers([], [], [], [])
-    for index, (row, grad) in enumerate(zip(old.rows(), given.grads, strict=True)):
-        step = given.steps[0 if given.is_step_shared else index]
-        for column, value in zip(new, _update_row(row, grad, step, given), strict=True):
-            if value is not None:
-                column.append(value)
-    steps = _next_steps(given, given.found_inf)
-    if not donate:
-        return new, steps
-    for buffer, value in zip((*old.flat, *given.steps), (*new.flat, *steps), strict=True):
-        buffer.copy_(value)
-    return old, given.steps
-
-
-def _update_row(row: Row, grad: Tensor | None, step: Tensor, given: Arguments) -> Iterable[Tensor | None]:
-    if grad is None:
-        return (x if x is None else x.clone() for x in row)
-    if given.found_inf is None:
-        return update_leaf(row, grad, step + 1, given.scalars, given.grad_scale)
-    stays = given.found_inf.to(grad.device)
+def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) -> tuple[Buffers, list[Tensor]]:
+    """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
+    stays = given.found_inf
+    rows, steps = [*given.buffers.rows()], list(given.steps)
     # Where nothing may change, no infinity may reach a derivative either.
-    new = update_leaf(row, torch.where(stays, 0, grad), step + 1, given.scalars, given.grad_scale)
-    return (None if old is None or x is None else torch.where(stays, old, x) for old, x in zip(row, new, strict=True))
+    grads = {
+        index: grad if stays is None else torch.where(stays.to(grad.device), 0, grad)
+        for index, grad in enumerate(given.grads)
+        if grad is not None
+    }
+    if by_equations:
+        steps = [step + 1 for step in steps]
+        for index, grad in grads.items():
+            step = steps[0 if given.is_step_shared else index]
+            rows[index] = update_leaf(rows[index], grad, step, given.scalars, given.grad_scale)
+    else:
+        chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, given.scalars)
+        for indices in _alike(given.buffers, [*grads]):
+            leaves = given.buffers.take(indices)
+            new, new_steps = differentiable_update(
+                chosen,
+                leaves,
+                [grads[i] for i in indices],
+                given.steps if given.is_step_shared else [given.steps[i] for i in indices],
+                given.scalars,
+                given.grad_scale,
+            )
+            for i, row in zip(indices, new.rows(), strict=True):
+                rows[i] = row
+            for i, step in zip([0] if given.is_step_shared else indices, new_steps, strict=True):
+                steps[i] = step
+    result = Buffers([], [], [], [])
+    for index, (old, new) in enumerate(zip(given.buffers.rows(), rows, strict=True)):
+        for column, before, after in zip(result, old, new, strict=True):
+            if before is not None and after is not None:
+                stands = index not in grads
+                column.append(before.clone() if stands else _where(stays, before, after))
+    return result, _next_steps(given, steps, stays)
 
 
-def _next_steps(given: Arguments, found_inf: Tensor | bool | None) -> list[Tensor]:
+def _alike(buffers: Buffers, indices: list[int]) -> list[list[int]]:
+    """`indices` in groups of one device and dtype."""
+    groups: dict[Any, list[int]] = {}
+    for i, row in zip(indices, buffers.take(indices).rows(), strict=True):
+        groups.setdefault((row[0].device, compute_dtype(*row)), []).append(i)
+    return [*groups.values()]
+
+
+def _next_steps(given: Arguments, advanced: list[Tensor], stays: Tensor | bool | None) -> list[Tensor]:
     """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
+    # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
+    grads = given.grads[:1] or [None] if given.is_step_shared else given.grads
+    is_counted = [grad is not None or not given.grads for grad in grads]
+    return [
+        _where(stays, old, new) if counted and stays is not True else old.clone()
+        for old, new, counted in zip(given.steps, advanced, is_counted, strict=True)
+    ]
 
-    def following(step: Tensor, grad: Tensor | None) -> Tensor:
-        if grad is None or found_inf is True:
-            return step.clone()
-        if isinstance(found_inf, Tensor):
-            return torch.where(found_inf.to(step.device), step, step + 1)
-        return step + 1
 
-    if given.is_step_shared:
-        # All gradients are there, except that of a bare tensor, whose step is its own.
-        return [following(step, given.grads[0] if given.grads else step) for step in given.steps]
-    return [following(step, grad) for step, grad in zip(given.steps, given.grads, strict=True)]
+def _where(stays: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
+    return torch.where(stays.to(old.device), old, new) if isinstance(stays, Tensor) else new
 
 
 def _read(x: Any) -> Any:

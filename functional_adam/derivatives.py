@@ -1,0 +1,274 @@
+"""The derivatives of `equations.py` for one real leaf, by hand: finite, and made of operations that differentiate again.
+
+With s = sqrt(v' or u') and D = s / root_correction + eps, the equations read, in the scalars of `Local`::
+
+    G = sign * g + weight_decay * p
+    m' = beta1 * m + (1 - beta1) * G
+    v' = beta2 * v + (1 - beta2) * G * G
+    p' = decay * p - step_size * m' / D
+
+Cotangents (reverse mode) are derivatives of the loss by that name,
+tangents (forward mode) are derivatives of that name along the given direction.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from functional_adam.equations import Scalars, corrections, precise, sqrt
+from functional_adam.hparams import Scalar
+
+Leaf: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+"""(p, m, v, u or None, g), or their tangents or cotangents."""
+
+
+class Local(NamedTuple):
+    """The scalars that a leaf meets, or their tangents or cotangents, where None stands for 0."""
+
+    decay: Scalar | None
+    weight_decay: Scalar | None
+    beta1: Scalar | None
+    beta2: Scalar | None
+    eps: Scalar | None
+    step_size: Scalar | None
+    root_correction: Scalar | None
+
+
+class Numbers(NamedTuple):
+    """The scalars that an update is given, in float64, or their tangents or cotangents, where None stands for 0."""
+
+    lr: Scalar | None
+    beta1: Scalar | None
+    beta2: Scalar | None
+    eps: Scalar | None
+    weight_decay: Scalar | None
+    step: Scalar | None  # counts this update
+
+
+class Point(NamedTuple):
+    """Where a derivative is taken, and what the equations make of it."""
+
+    m: Tensor
+    v: Tensor
+    g: Tensor  # G: with sign and weight decay
+    new_m: Tensor
+    root: Tensor  # s
+    half: Tensor  # ds/dv' = 1 / (2 s), taken as 0 at s = 0
+    inverse: Tensor  # 1 / D
+    share: Tensor | None  # amsgrad: how much of max(u, v') is v': 1, 0, or at a tie 0.5
+    is_maximized: bool
+    decay: Scalar
+    weight_decay: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    step_size: Scalar
+    root_correction: Scalar
+
+
+def local_scalars(h: Scalars, step: Scalar) -> Local:
+    """The scalars of a leaf from those of the update, in float64."""
+    lr, weight_decay = precise(h.lr), precise(h.weight_decay)
+    return Local(
+        1 - lr * weight_decay if h.decoupled_weight_decay else 1.0,
+        0.0 if h.decoupled_weight_decay else weight_decay,
+        precise(h.beta1),
+        precise(h.beta2),
+        precise(h.eps),
+        *corrections(step, h),
+    )
+
+
+def point_at(leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], h: Scalars, local: Local) -> Point:
+    """Evaluate the equations; `leaf` may lack p if no weight decay needs it."""
+    p, m, v, u, g = leaf
+    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = (_cast(x, m) for x in local)
+    g = -g if h.maximize else g
+    if p is not None and (isinstance(weight_decay, Tensor) or weight_decay != 0):
+        g = g + weight_decay * p
+    new_m = torch.lerp(m, g, 1 - beta1)
+    new_v = v * beta2 + g * g * (1 - beta2)
+    share = None
+    if u is not None:
+        share = torch.where(new_v > u, 1.0, torch.where(new_v == u, 0.5, 0.0)).to(m.dtype)
+        new_v = torch.maximum(u, new_v)
+    root = sqrt(new_v)
+    zero = root == 0
+    half = torch.where(zero, 0.0, 0.5 / torch.where(zero, 1.0, root))
+    inverse = 1 / (root / root_correction + eps)
+    return Point(
+        m,
+        v,
+        g,
+        new_m,
+        root,
+        half,
+        inverse,
+        share,
+        h.maximize,
+        decay,
+        weight_decay,
+        beta1,
+        beta2,
+        step_size,
+        root_correction,
+    )
+
+
+def leaf_vjp(
+    at: Point, cotangents: Leaf, wanted: Collection[str], p_in: Tensor | None
+) -> tuple[Leaf, dict[str, Tensor]]:
+    """Cotangents of the leaf and of the `wanted` scalars, from those of (p', m', v', u'); the last is not used."""
+    p, m, v, u, _ = cotangents
+    scaled = p * at.inverse
+    m = m - at.step_size * scaled
+    denominator = at.step_size * at.new_m * at.inverse * scaled
+    largest = denominator * at.half / at.root_correction
+    if at.share is None or u is None:
+        v = v + largest
+    else:
+        largest = largest + u
+        v = v + at.share * largest
+        u = (1 - at.share) * largest
+    g = m * (1 - at.beta1) + v * at.g * (2 * (1 - at.beta2))
+    terms: dict[str, Callable[[], Tensor]] = {
+        "decay": lambda: p * cast("Tensor", p_in),
+        "weight_decay": lambda: g * cast("Tensor", p_in),
+        "beta1": lambda: m * (at.m - at.g),
+        "beta2": lambda: v * (at.v - at.g * at.g),
+        "eps": lambda: denominator,
+        "step_size": lambda: -at.new_m * scaled,
+        "root_correction": lambda: -denominator * at.root / (at.root_correction * at.root_correction),
+    }
+    # Summed in float64, like the scalars.
+    wide = precise(at.m.new_zeros(())).dtype
+    scalars = {name: terms[name]().sum(dtype=wide) for name in terms if name in wanted}
+    has_decay = isinstance(at.decay, Tensor) or at.decay != 1
+    has_coupled = isinstance(at.weight_decay, Tensor) or at.weight_decay != 0
+    new_p = p * at.decay if has_decay else p
+    new_p = new_p + g * at.weight_decay if has_coupled else new_p
+    return (new_p, m * at.beta1, v * at.beta2, u, -g if at.is_maximized else g), scalars
+
+
+def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Tangents of (p', m', v', u') from those of the leaf and of the scalars."""
+    p, m, v, u, g = tangents
+    t = Local(*(None if x is None else _cast(x, at.m) for x in local))
+    g = (-g if at.is_maximized else g) + at.weight_decay * p
+    g = g if t.weight_decay is None else g + t.weight_decay * p_in
+    p = at.decay * p
+    p = p if t.decay is None else p + t.decay * p_in
+    m = m * at.beta1 + g * (1 - at.beta1)
+    m = m if t.beta1 is None else m + (at.m - at.g) * t.beta1
+    v = v * at.beta2 + g * at.g * (2 * (1 - at.beta2))
+    v = v if t.beta2 is None else v + (at.v - at.g * at.g) * t.beta2
+    largest = v
+    if at.share is not None and u is not None:
+        largest = u = at.share * v + (1 - at.share) * u
+    denominator = largest * at.half / at.root_correction
+    if t.root_correction is not None:
+        denominator = denominator - at.root * t.root_correction / (at.root_correction * at.root_correction)
+    if t.eps is not None:
+        denominator = denominator + t.eps
+    p = p - at.step_size * at.inverse * (m - at.new_m * at.inverse * denominator)
+    if t.step_size is not None:
+        p = p - t.step_size * at.new_m * at.inverse
+    return p, m, v, u
+
+
+def numbers_vjp(h: Scalars, step: Scalar, local: Local, wanted: Collection[str]) -> Numbers:
+    """Cotangents of the numbers that an update is given, from those of a leaf's scalars."""
+    slopes = _slopes(h, step, wanted)
+
+    def pull(name: str, direct: Scalar | None) -> Scalar | None:
+        if name not in wanted:
+            return None
+        total = direct
+        for target, slope in slopes[name].items():
+            cotangent = getattr(local, target)
+            if cotangent is not None:
+                total = slope * cotangent if total is None else total + slope * cotangent
+        return total
+
+    return Numbers(
+        pull("lr", None),
+        pull("beta1", local.beta1),
+        pull("beta2", local.beta2),
+        pull("eps", local.eps),
+        pull("weight_decay", None if h.decoupled_weight_decay else local.weight_decay),
+        pull("step", None),
+    )
+
+
+def numbers_jvp(h: Scalars, step: Scalar, tangents: Numbers) -> Local:
+    """Tangents of a leaf's scalars, from those of the numbers that an update is given."""
+    moving = [name for name, tangent in zip(Numbers._fields, tangents, strict=True) if tangent is not None]
+    slopes = _slopes(h, step, moving)
+
+    def push(target: str, direct: Scalar | None) -> Scalar | None:
+        total = direct
+        for name in moving:
+            if target in slopes[name]:
+                change = slopes[name][target] * getattr(tangents, name)
+                total = change if total is None else total + change
+        return total
+
+    return Local(
+        push("decay", None),
+        None if h.decoupled_weight_decay else tangents.weight_decay,
+        tangents.beta1,
+        tangents.beta2,
+        tangents.eps,
+        push("step_size", None),
+        push("root_correction", None),
+    )
+
+
+def reached_by(name: str, *, decoupled: bool) -> tuple[str, ...]:
+    """Which of a leaf's scalars depend on the number `name`."""
+    return {
+        "lr": ("step_size", *(["decay"] * decoupled)),
+        "beta1": ("beta1", "step_size"),
+        "beta2": ("beta2", "root_correction"),
+        "eps": ("eps",),
+        "weight_decay": ("decay" if decoupled else "weight_decay",),
+        "step": ("step_size", "root_correction"),
+    }[name]
+
+
+def _slopes(h: Scalars, step: Scalar, wanted: Collection[str]) -> dict[str, dict[str, Scalar]]:
+    """D local / d number for the scalars of a leaf that are not themselves given."""
+    t = precise(step)
+    lr, b1, b2, _, weight_decay = (precise(x) for x in h[:5])
+    remainder = 1 - b1**t
+    root_correction = (1 - b2**t) ** 0.5
+    slopes: dict[str, dict[str, Scalar]] = {name: {} for name in Numbers._fields}
+    if "lr" in wanted:
+        slopes["lr"] = {"step_size": 1 / remainder}
+    if "beta1" in wanted:
+        slopes["beta1"] = {"step_size": lr * t * b1 ** (t - 1) / (remainder * remainder)}
+    if "beta2" in wanted:
+        slopes["beta2"] = {"root_correction": -0.5 * t * b2 ** (t - 1) / root_correction}
+    if "step" in wanted:
+        slopes["step"] = {
+            "step_size": lr * _power_slope(b1, t) / (remainder * remainder),
+            "root_correction": -0.5 * _power_slope(b2, t) / root_correction,
+        }
+    if h.decoupled_weight_decay:
+        slopes["lr"]["decay"] = -weight_decay
+        slopes["weight_decay"]["decay"] = -lr
+    return slopes
+
+
+def _power_slope(base: Scalar, t: Scalar) -> Scalar:
+    """D base^t / dt = base^t log(base), which is 0 at base 0."""
+    if isinstance(base, Tensor):
+        return base**t * torch.where(base == 0, 1.0, base).log()
+    return base**t * math.log(base) if base else 0.0
+
+
+def _cast(x: Scalar | None, like: Tensor) -> Scalar:
+    assert x is not None
+    return x.to(device=like.device, dtype=like.dtype) if isinstance(x, Tensor) else x
