@@ -1,4 +1,4 @@
-"""The derivatives of `equations.py` for one real leaf, by hand: finite, and made of operations that differentiate again.
+"""The derivatives of `equations.py` for one real leaf, by hand: finite, and differentiable again.
 
 With s = sqrt(v' or u') and D = s / root_correction + eps, the equations read, in the scalars of `Local`::
 
@@ -143,7 +143,7 @@ def leaf_vjp(
         "root_correction": lambda: -denominator * at.root / (at.root_correction * at.root_correction),
     }
     # Summed in float64, like the scalars.
-    wide = precise(at.m.new_zeros(())).dtype
+    wide = torch.float32 if at.m.device.type == "mps" else torch.float64
     scalars = {name: terms[name]().sum(dtype=wide) for name in terms if name in wanted}
     has_decay = isinstance(at.decay, Tensor) or at.decay != 1
     has_coupled = isinstance(at.weight_decay, Tensor) or at.weight_decay != 0

@@ -149,6 +149,10 @@ def _flatten_with_keys(hparams: Any) -> tuple[list[tuple[Any, Any]], tuple[bool,
     return [(torch_pytree.GetAttrKey(name), number) for name, number in zip(_NUMBERS, numbers, strict=True)], flags
 
 
+def _flatten_with_entries(hparams: Any) -> tuple[list[Any], tuple[bool, ...], tuple[str, ...]]:
+    return *_flatten(hparams), _NUMBERS
+
+
 def _register() -> None:
     # optree's public names cannot do both: its global namespace, and one's own way to rebuild.
     namespace: Any = getattr(importlib.import_module("optree.registry"), "__GLOBAL_NAMESPACE", None)
@@ -156,11 +160,11 @@ def _register() -> None:
         # Then optree rebuilds through __init__, which checks values once more: a tree_map to negative numbers raises.
         importlib.import_module("optree.dataclasses").register_node(AdamHparams, namespace="")
     else:
-        hparams_class: Any = AdamHparams  # optree's types want a collection
-        optree.register_pytree_node(
-            hparams_class,
-            lambda hparams: (*_flatten(hparams), _NUMBERS),
-            lambda flags, numbers: _unflatten(numbers, flags),
+        register: Any = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
+        register(
+            AdamHparams,
+            _flatten_with_entries,
+            lambda flags, numbers: _unflatten(numbers, flags),  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
             path_entry_type=optree.GetAttrEntry,
             namespace=namespace,
         )

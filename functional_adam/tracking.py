@@ -73,4 +73,5 @@ def forward_levels() -> int:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    unpack_dual: Any = getattr(forward_ad, "unpack_dual")  # noqa: B009 (torch gives it no type)
+    return getattr(forward_ad, "_current_level", 0) >= 0 and unpack_dual(tensor).tangent is not None

@@ -28,10 +28,10 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
     here, there = at.codify(name), at.codify("params")
     if params is None:
         return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
-    expected = optree.tree_flatten_one_level(params)
+    expected: Any = optree.tree_flatten_one_level(params)
     if tree is None or optree.tree_is_leaf(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
-    got = optree.tree_flatten_one_level(tree)
+    got: Any = optree.tree_flatten_one_level(tree)
     children: Sequence[Any] = got.children
     if issubclass(expected.type, dict) and issubclass(got.type, dict):
         by_key: dict[Any, Any] = dict(zip(got.entries, got.children, strict=True))
@@ -55,4 +55,5 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
 
 
 def _kind(tree: Any) -> str:
-    return "None" if tree is None else f"of type {type(tree).__name__}"
+    kind: Any = type(tree)
+    return "None" if tree is None else f"of type {kind.__name__}"

@@ -1,0 +1,92 @@
+"""The batching rule of an update: Adam is elementwise, so that members are just more leaves."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from functional_adam.equations import update_leaf
+from functional_adam.kernels import run_kernel
+from functional_adam.leaves import Buffers
+from functional_adam.packing import Spec, run, unpack
+from functional_adam.tracking import is_constant, is_host_value, is_transformed, requires_grad
+
+
+def run_batched(
+    apply: Callable[..., Any], size: int, dims: tuple[int | None, ...], spec: Spec, flat: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The results of `size` members and their batch dimensions. `apply` is the Function, for outer transforms."""
+    leaf_count = spec.buffer_count + spec.count
+    stacked = [_stack(x, dim, size) for x, dim in zip(flat[:leaf_count], dims, strict=False)]
+    rest = list(zip(flat[leaf_count:], dims[leaf_count:], strict=True))
+    is_batched = [dim is not None for _, dim in rest]
+    out_dims = ((0,) * spec.buffer_count) + tuple(0 if batched else None for batched in is_batched[5:])
+    is_tracked = is_transformed() or requires_grad(x for x in flat if isinstance(x, Tensor))
+    shared = [_shared(x, dim) for x, dim in rest]
+    if all(is_shared for is_shared, _ in shared):
+        # One call on the stacked leaves is the batched update.
+        arguments = (*stacked, *(x for _, x in shared))
+        out = list(apply(spec, *arguments) if is_tracked else run(spec, arguments))
+        # Equal steps stay one number in memory, so that the next update can see that they are.
+        for index, batched in enumerate(is_batched[5:], start=spec.buffer_count):
+            out[index] = out[index].expand(size) if batched else out[index]
+        return tuple(out), out_dims
+    scalars = [x if dim is None else x.movedim(dim, 0) for x, dim in rest]
+    by_members = not is_tracked and all(is_host_value(x) for x in scalars if isinstance(x, Tensor))
+    return (_run_members if by_members else _run_broadcast)(spec, size, stacked, scalars, is_batched), out_dims
+
+
+def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
+    """Whether all members are known to have the same scalar, and it."""
+    if dim is None:
+        return True, x
+    if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and len(set(x.tolist())) == 1)):
+        return True, x.select(dim, 0)
+    return False, x
+
+
+def _run_members(
+    spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]
+) -> tuple[Tensor, ...]:
+    """Kernels take lists with a step a tensor: members unbound into the list, those with equal numbers together."""
+    given = unpack(spec, [*stacked, *scalars])
+    new, new_steps = given.buffers.map(torch.clone), [step + 1 for step in given.steps]
+    numbers: list[list[float]] = []
+    for x, batched in zip(given.numbers, is_batched, strict=False):
+        value: Any = cast("Any", x).tolist() if isinstance(x, Tensor) else x
+        numbers.append(value if batched else [value] * size)
+    of_members = [h for h in map(spec.scalars, zip(*numbers, strict=True)) for _ in range(spec.count)]
+    steps: list[list[Tensor]] = [
+        list(step.unbind(0)) if batched else [step] * size
+        for step, batched in zip(new_steps, is_batched[5:], strict=True)
+    ]
+    leaf_steps = [step for member in zip(*steps, strict=True) for step in spec.per_leaf(list(member))]
+    buffers = Buffers(*(_unbind(column) for column in new))
+    run_kernel(spec.kernel, buffers, _unbind(given.grads), leaf_steps, of_members)
+    return (*new.flat, *new_steps)
+
+
+def _unbind(column: list[Tensor]) -> list[Tensor]:
+    """Member by member, and within a member leaf by leaf."""
+    return [x for member in zip(*(stack.unbind(0) for stack in column), strict=True) for x in member]
+
+
+def _run_broadcast(
+    spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]
+) -> tuple[Tensor, ...]:
+    """The equations on stacked leaves, with the scalars of its members beside each: for outer transforms to see."""
+    given = unpack(spec, [*stacked, *scalars])
+    new = Buffers([], [], [], [])
+    for index, (row, grad) in enumerate(zip(given.buffers.rows(), given.grads, strict=True)):
+        shape = (size, *[1] * (grad.dim() - 1))
+        beside = [x.reshape(shape) if batched else x for x, batched in zip(scalars, is_batched, strict=True)]
+        step = beside[5] if len(given.steps) == 1 else beside[5 + index]
+        for column, value in zip(new, update_leaf(row, grad, step + 1, spec.scalars(beside[:5])), strict=True):
+            if value is not None:
+                column.append(value)
+    return (*new.flat, *(step + 1 for step in given.steps))

@@ -1,0 +1,73 @@
+"""The flat argument list of an update as an autograd.Function takes it, and the update itself on such a list."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_adam.equations import Scalars
+from functional_adam.hparams import Scalar
+from functional_adam.kernels import run_kernel
+from functional_adam.leaves import Buffers
+from functional_adam.tracking import is_host_value
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a flat list is made up. Not a pytree, so that torch.func takes it for a constant."""
+
+    kernel: str
+    count: int  # leaves
+    amsgrad: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+
+    @property
+    def buffer_count(self) -> int:
+        """How many buffers there are, which come first."""
+        return self.count * (4 if self.amsgrad else 3)
+
+    def scalars(self, numbers: Iterable[Scalar]) -> Scalars:
+        """The five numbers and the flags."""
+        lr, beta1, beta2, eps, weight_decay = numbers
+        flags = (self.amsgrad, self.maximize, self.decoupled_weight_decay)
+        return Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
+
+    def per_leaf(self, steps: list[Tensor]) -> list[Tensor]:
+        """One step a leaf, from those or from one that all share."""
+        return steps * self.count if len(steps) == 1 else steps
+
+
+class Parts(NamedTuple):
+    """The arguments of an update, or what stands in their places: needs, tangents, dimensions."""
+
+    buffers: Buffers
+    grads: list[Tensor]
+    numbers: list[Any]  # lr, beta1, beta2, eps, weight_decay
+    steps: list[Tensor]  # before this update; one, or one a leaf
+
+
+def unpack(spec: Spec, flat: Sequence[Any]) -> Parts:
+    """The parts of a flat argument list."""
+    buffers, rest = unpack_results(spec, flat)
+    grads, rest = rest[: spec.count], rest[spec.count :]
+    return Parts(buffers, grads, rest[:5], rest[5:])
+
+
+def unpack_results(spec: Spec, flat: Sequence[Any]) -> tuple[Buffers, list[Any]]:
+    """Buffers and steps of a flat list of results."""
+    n = spec.count
+    columns = [list(flat[i * n : (i + 1) * n]) for i in range(3)]
+    maxima = list(flat[3 * n : 4 * n]) if spec.amsgrad else []
+    return Buffers(columns[0], columns[1], columns[2], maxima), list(flat[spec.buffer_count :])
+
+
+def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The kernel on copies: new buffers and new steps."""
+    given = unpack(spec, flat)
+    new, new_steps = given.buffers.map(torch.clone), [step + 1 for step in given.steps]
+    scalars = spec.scalars(x.item() if isinstance(x, Tensor) and is_host_value(x) else x for x in given.numbers)
+    run_kernel(spec.kernel, new, given.grads, spec.per_leaf(new_steps), [scalars] * spec.count)
+    return (*new.flat, *new_steps)
