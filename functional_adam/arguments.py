@@ -100,7 +100,7 @@ def _zero_dim(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
-        return torch.tensor(value, device="cpu")
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     if value.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
     if value.is_complex():
@@ -125,6 +125,11 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
 def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
     if isinstance(state.step, Tensor):
         return [state.step]
+    if not treespec.is_leaf() and (state.step is None or optree.tree_is_leaf(state.step)):
+        raise TypeError(
+            f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
+            "like params, as adam_init makes."
+        )
     return flatten_like(treespec, state.step, "state.step", params)
 
 

@@ -15,26 +15,24 @@ from functional_adam.tracking import is_constant, is_host_value, is_transformed,
 
 def run_batched(
     apply: Callable[..., Any], size: int, dims: tuple[int | None, ...], spec: Spec, flat: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The results of `size` members and their batch dimensions. `apply` is the Function, for outer transforms."""
     leaf_count = spec.buffer_count + spec.count
     stacked = [_stack(x, dim, size) for x, dim in zip(flat[:leaf_count], dims, strict=False)]
     rest = list(zip(flat[leaf_count:], dims[leaf_count:], strict=True))
     is_batched = [dim is not None for _, dim in rest]
-    out_dims = ((0,) * spec.buffer_count) + tuple(0 if batched else None for batched in is_batched[5:])
+    out_dims = (0,) * spec.buffer_count
     is_tracked = is_transformed() or requires_grad(x for x in flat if isinstance(x, Tensor))
     shared = [_shared(x, dim) for x, dim in rest]
     if all(is_shared for is_shared, _ in shared):
         # One call on the stacked leaves is the batched update.
         arguments = (*stacked, *(x for _, x in shared))
-        out = list(apply(spec, *arguments) if is_tracked else run(spec, arguments))
-        # Equal steps stay one number in memory, so that the next update can see that they are.
-        for index, batched in enumerate(is_batched[5:], start=spec.buffer_count):
-            out[index] = out[index].expand(size) if batched else out[index]
-        return tuple(out), out_dims
+        return (apply(spec, *arguments) if is_tracked else run(spec, arguments)), out_dims
     scalars = [x if dim is None else x.movedim(dim, 0) for x, dim in rest]
     by_members = not is_tracked and all(is_host_value(x) for x in scalars if isinstance(x, Tensor))
-    return (_run_members if by_members else _run_broadcast)(spec, size, stacked, scalars, is_batched), out_dims
+    return tuple(
+        (_run_members if by_members else _run_broadcast)(spec, size, stacked, scalars, is_batched).flat
+    ), out_dims
 
 
 def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -50,9 +48,7 @@ def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
     return False, x
 
 
-def _run_members(
-    spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]
-) -> tuple[Tensor, ...]:
+def _run_members(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]) -> Buffers:
     """Kernels take lists with a step a tensor: members unbound into the list, those with equal numbers together."""
     given = unpack(spec, [*stacked, *scalars])
     new, new_steps = given.buffers.map(torch.clone), [step + 1 for step in given.steps]
@@ -68,7 +64,7 @@ def _run_members(
     leaf_steps = [step for member in zip(*steps, strict=True) for step in spec.per_leaf(list(member))]
     buffers = Buffers(*(_unbind(column) for column in new))
     run_kernel(spec.kernel, buffers, _unbind(given.grads), leaf_steps, of_members)
-    return (*new.flat, *new_steps)
+    return new
 
 
 def _unbind(column: list[Tensor]) -> list[Tensor]:
@@ -76,9 +72,7 @@ def _unbind(column: list[Tensor]) -> list[Tensor]:
     return [x for member in zip(*(stack.unbind(0) for stack in column), strict=True) for x in member]
 
 
-def _run_broadcast(
-    spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]
-) -> tuple[Tensor, ...]:
+def _run_broadcast(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]) -> Buffers:
     """The equations on stacked leaves, with the scalars of its members beside each: for outer transforms to see."""
     given = unpack(spec, [*stacked, *scalars])
     new = Buffers([], [], [], [])
@@ -89,4 +83,4 @@ def _run_broadcast(
         for column, value in zip(new, update_leaf(row, grad, step + 1, spec.scalars(beside[:5])), strict=True):
             if value is not None:
                 column.append(value)
-    return (*new.flat, *(step + 1 for step in given.steps))
+    return new

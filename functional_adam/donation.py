@@ -9,6 +9,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.leaves import BUFFER_NAMES, Buffers
+from functional_adam.tracking import is_fake
 from functional_adam.trees import path_of
 
 
@@ -116,10 +117,7 @@ def _local(tensor: Tensor) -> Tensor | None:
     if type(tensor) is not Tensor:
         to_local: Any = getattr(tensor, "to_local", None)
         tensor = to_local() if to_local is not None else tensor
-    try:
-        return tensor if tensor.data_ptr() and tensor.numel() else None
-    except RuntimeError:  # a FakeTensor
-        return None
+    return None if is_fake(tensor) or not tensor.data_ptr() or not tensor.numel() else tensor
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.hparams import Scalar
+from functional_adam.layouts import with_layout_of
 
 
 class Scalars(NamedTuple):
@@ -37,7 +38,7 @@ def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Sc
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = row
     wide = compute_dtype(*row)
     # Half types are computed in float32 and rounded once: in float16 eps=1e-8 is 0.
-    real = torch.promote_types(wide.to_real(), torch.float32)
+    real = torch.promote_types(as_real(param.to(wide)).dtype, torch.float32)
     p, m, v, g = (as_real(x.to(wide)).to(real) for x in (param, exp_avg, exp_avg_sq, grad))
     u = None if max_exp_avg_sq is None else as_real(max_exp_avg_sq.to(wide)).to(real)
     b1, b2 = precise(h.beta1), precise(h.beta2)
@@ -95,5 +96,5 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def as_leaf(real: Tensor, leaf: Tensor) -> Tensor:
-    """`real`, which `as_real` made of something like `leaf`, in the dtype of `leaf`."""
-    return (torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype)
+    """`real`, which `as_real` made of something like `leaf`, in the dtype and layout of `leaf`."""
+    return with_layout_of((torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype), leaf)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars, as_real, compute_dtype, corrections, precise, update_leaf
 from functional_adam.hparams import Scalar
+from functional_adam.layouts import is_dense, is_laid_out_like
 from functional_adam.leaves import Buffers
 from functional_adam.tracking import is_host_memory
 
@@ -175,7 +176,8 @@ def _run_foreach(batch: _Batch, h: Scalars) -> None:
             corrected[id(t)] = (numbers[5], numbers[6]) if numbers else corrections(t, h)
     step_sizes, root_corrections = zip(*(corrected[id(t)] for t in batch.steps), strict=True)
     ops._foreach_div_(denominator, [scalar(x) for x in root_corrections])
-    ops._foreach_add_(denominator, scalar(h.eps))
+    # With one tensor for all, _foreach_add_ would read its value.
+    ops._foreach_add_(denominator, [scalar(h.eps)] * len(p) if isinstance(h.eps, Tensor) else h.eps)
     if isinstance(step_sizes[0], Tensor):
         change = ops._foreach_div(m, denominator)
         ops._foreach_mul_(change, [scalar(x) for x in step_sizes])
@@ -197,7 +199,7 @@ def _run_fused(batch: _Batch, h: Scalars, grad_scale: Scalar | None, found_inf: 
         batch.buffers.exp_avg_sqs,
         batch.buffers.max_exp_avg_sqs,
         batch.steps,
-        lr=h.lr,
+        lr=h.lr.to(torch.float32) if isinstance(h.lr, Tensor) else h.lr,
         beta1=h.beta1,
         beta2=h.beta2,
         weight_decay=h.weight_decay,
@@ -263,23 +265,6 @@ def _ready(x: Tensor, dtype: torch.dtype, model: Tensor | None, *, copy: bool, d
     if dense:
         if model is None:
             ready = ready if is_dense(ready) else ready.clone()
-        elif not _is_laid_out_like(ready, model):
+        elif not is_laid_out_like(ready, model):
             ready = torch.empty_like(model).copy_(ready)
     return ready.clone() if copy and ready is x else ready
-
-
-def _is_laid_out_like(x: Tensor, model: Tensor) -> bool:
-    # The stride of a dimension of size 1 says nothing about memory.
-    return x.numel() <= 1 or all(a == b for a, b, n in zip(x.stride(), model.stride(), x.shape, strict=True) if n != 1)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements of `x` fill a block of memory, in any order of dimensions, without gap or overlap."""
-    if x.is_contiguous():
-        return True
-    filled = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
-        if stride != filled:
-            return False
-        filled *= size
-    return True

@@ -51,23 +51,24 @@ class Parts(NamedTuple):
 
 def unpack(spec: Spec, flat: Sequence[Any]) -> Parts:
     """The parts of a flat argument list."""
-    buffers, rest = unpack_results(spec, flat)
+    rest = list(flat[spec.buffer_count :])
     grads, rest = rest[: spec.count], rest[spec.count :]
-    return Parts(buffers, grads, rest[:5], rest[5:])
+    return Parts(unpack_buffers(spec, flat), grads, rest[:5], rest[5:])
 
 
-def unpack_results(spec: Spec, flat: Sequence[Any]) -> tuple[Buffers, list[Any]]:
-    """Buffers and steps of a flat list of results."""
+def unpack_buffers(spec: Spec, flat: Sequence[Any]) -> Buffers:
+    """The buffers of a flat list that begins with them."""
     n = spec.count
     columns = [list(flat[i * n : (i + 1) * n]) for i in range(3)]
     maxima = list(flat[3 * n : 4 * n]) if spec.amsgrad else []
-    return Buffers(columns[0], columns[1], columns[2], maxima), list(flat[spec.buffer_count :])
+    return Buffers(columns[0], columns[1], columns[2], maxima)
 
 
 def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The kernel on copies: new buffers and new steps."""
+    """The kernel on copies: new buffers."""
     given = unpack(spec, flat)
-    new, new_steps = given.buffers.map(torch.clone), [step + 1 for step in given.steps]
+    new = given.buffers.map(torch.clone)
+    steps = spec.per_leaf([step + 1 for step in given.steps])
     scalars = spec.scalars(x.item() if isinstance(x, Tensor) and is_host_value(x) else x for x in given.numbers)
-    run_kernel(spec.kernel, new, given.grads, spec.per_leaf(new_steps), [scalars] * spec.count)
-    return (*new.flat, *new_steps)
+    run_kernel(spec.kernel, new, given.grads, steps, [scalars] * spec.count)
+    return tuple(new.flat)

@@ -24,8 +24,8 @@ from functional_adam.derivatives import (
 from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
-from functional_adam.packing import Parts, Spec, run, unpack, unpack_results
-from functional_adam.tracking import is_constant, is_host_value
+from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
+from functional_adam.tracking import is_constant, is_host_value, is_transformed
 
 # Below this many elements the leaves of a derivative are joined into one: fewer operations weigh more than the copies.
 _JOIN_BELOW = 2**18
@@ -38,8 +38,8 @@ def differentiable_update(
     steps: list[Tensor],
     scalars: Scalars,
     grad_scale: Tensor | None,
-) -> tuple[Buffers, list[Tensor]]:
-    """The buffers and steps after one update by `kernel`, for leaves of one device and dtype.
+) -> Buffers:
+    """The buffers after one update by `kernel`, for leaves of one device and dtype.
 
     There is one of `steps`, which do not count this update yet, or one a leaf.
     """
@@ -51,10 +51,14 @@ def differentiable_update(
         scale = grad_scale.to(device=grads[0].device, dtype=wide)
         real_grads = [(grad.to(wide) / scale).to(grad.dtype) for grad in real_grads]
     spec = Spec(kernel, len(grads), scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay)
-    results: Any = _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps)
-    new, new_steps = unpack_results(spec, results)
+    new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
     columns = zip(new, buffers, strict=True)
-    return Buffers(*([as_leaf(x, old) for x, old in zip(*pair, strict=True)] for pair in columns)), new_steps
+    return Buffers(*([as_leaf(x, old) for x, old in zip(*pair, strict=True)] for pair in columns))
+
+
+def advance(step: Tensor) -> Tensor:
+    """`step + 1`, one number in memory where it is one, so that members are still seen to be at the same step."""
+    return _advance(step) if is_transformed() else step + 1
 
 
 class _Update(torch.autograd.Function):
@@ -65,12 +69,9 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, flat = inputs[0], inputs[1:]
-        _, _, numbers, steps = unpack(spec, flat)
+        numbers = unpack(spec, flat).numbers
         ctx.spec = spec
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
-        ctx.is_step_fixed = all(is_constant(step) for step in steps)
-        if ctx.is_step_fixed:
-            ctx.mark_non_differentiable(*output[-len(steps) :])
         # Backward reads parameters only through a weight decay.
         _, reached = _wanted(ctx)
         is_coupled = not spec.decoupled_weight_decay and (isinstance(numbers[4], Tensor) or numbers[4] != 0)
@@ -85,11 +86,11 @@ class _Update(torch.autograd.Function):
         buffers, grads, numbers, steps = _saved(ctx)
         h = spec.scalars(numbers)
         wanted, reached = _wanted(ctx)
-        incoming, new_step_cotangents = unpack_results(spec, cotangents)
+        incoming = unpack_buffers(spec, cotangents)
 
         outgoing: tuple[list[Any], ...] = tuple([None] * spec.count for _ in range(5))
         of_numbers: list[Any] = [None] * 5
-        of_steps: list[Any] = list(new_step_cotangents)
+        of_steps: list[Any] = [None] * len(steps)
         for piece in _pieces(spec, grads, steps):
             k = 0 if len(steps) == 1 else piece[0]
             t = _value(steps[k]) + 1
@@ -100,7 +101,7 @@ class _Update(torch.autograd.Function):
                 _split(value, piece, grads, column)
             *five, of_step = numbers_vjp(h, t, Local(*map(scalar_cotangents.get, Local._fields)), wanted)
             of_numbers = [_plus(x, y) for x, y in zip(of_numbers, five, strict=True)]
-            of_steps[k] = _plus(of_steps[k], of_step)
+            of_steps[k] = of_step
         of_numbers = [_as(x, number) for x, number in zip(of_numbers, numbers, strict=True)]
         of_steps = [_as(x, step) for x, step in zip(of_steps, steps, strict=True)]
         *of_buffers, of_grads = outgoing
@@ -108,7 +109,7 @@ class _Update(torch.autograd.Function):
         return (None, *flat, *of_grads, *of_numbers, *of_steps)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         spec: Spec = ctx.spec
         buffers, grads, numbers, steps = _saved(ctx)
         h = spec.scalars(numbers)
@@ -124,8 +125,7 @@ class _Update(torch.autograd.Function):
             row = leaf_jvp(point, _join(piece, *buffer_tangents, grad_tangents), local, leaf[0])
             for column, value in zip(new, row, strict=False):
                 _split(value, piece, grads, column)
-        results = [x for column in new for x in column]
-        return (*results, *([None] * len(steps) if ctx.is_step_fixed else step_tangents))
+        return tuple(x for column in new for x in column)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -133,6 +133,34 @@ class _Update(torch.autograd.Function):
 
 
 _apply: Any = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
+
+
+class _Advance(torch.autograd.Function):
+    @staticmethod
+    def forward(step: Tensor) -> Tensor:
+        return step + 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any], step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dim = in_dims[0]
+        if step.stride(dim) != 0:
+            return advance(step), dim
+        return advance(step.select(dim, 0)).expand(info.batch_size), 0
+
+
+_advance: Any = getattr(_Advance, "apply")  # noqa: B009
 
 
 def _wanted(ctx: Any) -> tuple[list[str], set[str]]:

@@ -15,7 +15,20 @@ TensorTree: TypeAlias = Any
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers between two updates. Absent is `()`, since `torch.func.vmap` rejects None."""
+    """What Adam remembers between two updates: an immutable pytree, made by :func:`adam_init`.
+
+    Absent is `()`, since `torch.func.vmap` rejects None. The parameters have the unit U, the loss has L.
+
+    Example:
+        >>> state = adam_init(torch.ones(3), AdamHparams())
+        >>> state._fields
+        ('step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'master_params')
+        >>> state._replace(step=torch.tensor(7.0)).step
+        tensor(7.)
+
+    Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1; `max_exp_avg_sq` is AMSGrad's,
+    https://openreview.net/forum?id=ryQu7f-RZ.
+    """
 
     step: TensorTree
     """(), float32, on the device of its leaf: updates applied so far. One for all leaves, or a tree like params."""

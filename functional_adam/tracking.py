@@ -16,6 +16,7 @@ _C: Any = getattr(torch, "_C", None)
 _functorch: Any = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
+_FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
 # Without these: everything is wrapped and nothing can be unwrapped, and there may be any number of levels.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
@@ -43,7 +44,7 @@ def requires_grad(tensors: Iterable[Tensor]) -> bool:
 
 def is_host_value(tensor: Tensor) -> bool:
     """Whether the value lies in the host's memory, where reading it costs nothing."""
-    return is_host_memory(tensor) and not _is_wrapped(tensor)
+    return is_host_memory(tensor) and not is_tracing() and not _is_wrapped(tensor)
 
 
 def is_host_memory(tensor: Tensor) -> bool:
@@ -62,7 +63,12 @@ def is_constant(tensor: Tensor) -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the value can be read now, for free, and without hiding it from anybody who watches."""
-    return is_host_value(tensor) and not (is_tracing() or is_transformed() or requires_grad((tensor,)))
+    return is_host_value(tensor) and not is_transformed() and not requires_grad((tensor,))
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether `tensor` is a FakeTensor, which has no memory."""
+    return isinstance(tensor, _FakeTensor)
 
 
 def forward_levels() -> int:

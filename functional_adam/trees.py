@@ -1,7 +1,7 @@
 """Pytrees by optree: flatten one tree like another, and say where and how two trees differ."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import optree
 from optree import PyTreeSpec
@@ -28,10 +28,10 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
     here, there = at.codify(name), at.codify("params")
     if params is None:
         return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
-    expected: Any = optree.tree_flatten_one_level(params)
+    expected = cast("Any", optree.tree_flatten_one_level(params))
     if tree is None or optree.tree_is_leaf(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
-    got: Any = optree.tree_flatten_one_level(tree)
+    got = cast("Any", optree.tree_flatten_one_level(tree))
     children: Sequence[Any] = got.children
     if issubclass(expected.type, dict) and issubclass(got.type, dict):
         by_key: dict[Any, Any] = dict(zip(got.entries, got.children, strict=True))
@@ -42,7 +42,7 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
             adds = f" has the extra {extra}" if extra else ""
             return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
         children = [by_key[key] for key in expected.entries]
-    elif type(params) is not type(tree):
+    elif expected.type is not got.type:
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
     elif len(expected.children) != len(got.children):
         return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
@@ -55,5 +55,4 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
 
 
 def _kind(tree: Any) -> str:
-    kind: Any = type(tree)
-    return "None" if tree is None else f"of type {kind.__name__}"
+    return "None" if tree is None else f"of type {tree.__class__.__name__}"

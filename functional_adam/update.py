@@ -11,7 +11,7 @@ from functional_adam.equations import compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
 from functional_adam.leaves import Buffers
-from functional_adam.rules import differentiable_update
+from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
 
@@ -150,7 +150,7 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
 def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) -> tuple[Buffers, list[Tensor]]:
     """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
     stays = given.found_inf
-    rows, steps = [*given.buffers.rows()], list(given.steps)
+    rows = [*given.buffers.rows()]
     # Where nothing may change, no infinity may reach a derivative either.
     grads = {
         index: grad if stays is None else torch.where(stays.to(grad.device), 0, grad)
@@ -158,15 +158,16 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
         if grad is not None
     }
     if by_equations:
-        steps = [step + 1 for step in steps]
+        steps = [step + 1 for step in given.steps]
         for index, grad in grads.items():
             step = steps[0 if given.is_step_shared else index]
             rows[index] = update_leaf(rows[index], grad, step, given.scalars, given.grad_scale)
     else:
         chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, given.scalars)
+        steps = [advance(step) for step in given.steps]
         for indices in _alike(given.buffers, [*grads]):
             leaves = given.buffers.take(indices)
-            new, new_steps = differentiable_update(
+            new = differentiable_update(
                 chosen,
                 leaves,
                 [grads[i] for i in indices],
@@ -176,8 +177,6 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
             )
             for i, row in zip(indices, new.rows(), strict=True):
                 rows[i] = row
-            for i, step in zip([0] if given.is_step_shared else indices, new_steps, strict=True):
-                steps[i] = step
     result = Buffers([], [], [], [])
     for index, (old, new) in enumerate(zip(given.buffers.rows(), rows, strict=True)):
         for column, before, after in zip(result, old, new, strict=True):

@@ -1,0 +1,35 @@
+"""How the elements of a tensor lie in memory."""
+
+import torch
+from torch import Tensor
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill a block of memory, in any order of dimensions, without gap or overlap."""
+    if x.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
+        if stride != filled:
+            return False
+        filled *= size
+    return True
+
+
+def is_laid_out_like(x: Tensor, model: Tensor) -> bool:
+    """Whether equal places in the memory of two dense tensors hold elements of equal indices."""
+    # The stride of a dimension of size 1 says nothing about memory.
+    return x.numel() <= 1 or all(a == b for a, b, n in zip(x.stride(), model.stride(), x.shape, strict=True) if n != 1)
+
+
+def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
+    """`x` with the strides of `torch.empty_like(model)`, by operations that can be differentiated, mapped and traced.
+
+    Those of dimensions of size 1 may differ where they are unusual.
+    """
+    strides = model.stride() if is_dense(model) else torch.empty_like(model).stride()
+    if x.stride() == strides:
+        return x
+    order = sorted(range(x.dim()), key=lambda dim: (-strides[dim], -x.shape[dim]))
+    back = sorted(range(x.dim()), key=lambda dim: order[dim])
+    return x.permute(order).contiguous().permute(back)

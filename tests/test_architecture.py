@@ -1,0 +1,106 @@
+"""The import graph is the one written here, importing is light and silent, and the public names are these."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import functional_adam
+
+PACKAGE = Path(functional_adam.__file__).parent
+
+# Each module and what it may import of ours: a directed graph without cycles, lowest first.
+IMPORTS = {
+    "layouts": set(),
+    "tracking": set(),
+    "trees": set(),
+    "hparams": {"tracking"},
+    "equations": {"hparams", "layouts"},
+    "derivatives": {"equations", "hparams"},
+    "leaves": {"equations", "tracking", "trees"},
+    "state": {"hparams", "leaves", "trees"},
+    "donation": {"leaves", "tracking", "trees"},
+    "kernels": {"equations", "hparams", "layouts", "leaves", "tracking"},
+    "arguments": {"donation", "equations", "hparams", "leaves", "state", "trees"},
+    "packing": {"equations", "hparams", "kernels", "leaves", "tracking"},
+    "batching": {"equations", "kernels", "leaves", "packing", "tracking"},
+    "rules": {"batching", "derivatives", "equations", "hparams", "leaves", "packing", "tracking"},
+    "update": {"arguments", "donation", "equations", "hparams", "kernels", "leaves", "rules", "state", "tracking"},
+    "__init__": {"hparams", "state", "update"},
+}
+
+PUBLIC_NAMES = {"AdamHparams", "AdamState", "adam_init", "adam_update"}
+
+# Private torch names by the one file that may use them.
+PRIVATE_TORCH = {"tracking": ("torch, \"_C\"", "_current_level"), "kernels": ("_fused_adam", "_foreach_")}
+
+
+def imports_of(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    return {
+        node.module.removeprefix("functional_adam.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("functional_adam.")
+    }
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_import_graph_is_the_written_one():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == IMPORTS.keys()
+    assert {module: imports_of(module) for module in IMPORTS} == IMPORTS
+
+
+def test_import_graph_has_no_cycle():
+    seen: set[str] = set()
+    for module, imported in IMPORTS.items():
+        assert imported <= seen, f"{module} imports a module that stands above it"
+        seen.add(module)
+
+
+@pytest.mark.parametrize("module", [name for name in IMPORTS if name != "__init__"])
+def test_each_module_says_what_it_is_for_and_stays_small(module: str):
+    text = (PACKAGE / f"{module}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring
+    assert docstring.splitlines()[0].endswith((".", "?"))
+    assert len(text.splitlines()) <= 300
+
+
+@pytest.mark.parametrize(("owner", "names"), PRIVATE_TORCH.items())
+def test_private_torch_names_stand_in_one_file(owner: str, names: tuple[str, ...]):
+    for module in IMPORTS:
+        text = (PACKAGE / f"{module}.py").read_text()
+        for name in names:
+            assert (name in text) == (module == owner), f"{name} in {module}"
+
+
+def test_public_names_are_the_written_ones():
+    assert set(functional_adam.__all__) == PUBLIC_NAMES
+    for name in PUBLIC_NAMES:
+        assert getattr(functional_adam, name).__doc__
+
+
+def test_import_is_light_and_silent():
+    out = run_python(
+        "import sys, torch; before = set(sys.modules); import functional_adam;"
+        "new = set(sys.modules) - before;"
+        "print(sorted(n for n in new if n.startswith(('torch.distributed', 'numpy'))))"
+    )
+    assert out.strip() == "[]"
+
+
+def test_import_registers_only_its_own_pytree_node():
+    out = run_python(
+        "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
+        "optree_before = set(optree.register_pytree_node.get());"
+        "import functional_adam;"
+        "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
+        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before])"
+    )
+    assert out.strip() == "['AdamHparams'] ['AdamHparams']"
