@@ -125,7 +125,7 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
 def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
     if isinstance(state.step, Tensor):
         return [state.step]
-    if not treespec.is_leaf() and (state.step is None or optree.tree_is_leaf(state.step)):
+    if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or optree.tree_is_leaf(state.step)):
         raise TypeError(
             f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
             "like params, as adam_init makes."

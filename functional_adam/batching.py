@@ -30,9 +30,8 @@ def run_batched(
         return (apply(spec, *arguments) if is_tracked else run(spec, arguments)), out_dims
     scalars = [x if dim is None else x.movedim(dim, 0) for x, dim in rest]
     by_members = not is_tracked and all(is_host_value(x) for x in scalars if isinstance(x, Tensor))
-    return tuple(
-        (_run_members if by_members else _run_broadcast)(spec, size, stacked, scalars, is_batched).flat
-    ), out_dims
+    run_apart = _run_members if by_members else _run_broadcast
+    return tuple(run_apart(spec, size, stacked, scalars, is_batched).flat), out_dims
 
 
 def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -32,4 +32,5 @@ def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
         return x
     order = sorted(range(x.dim()), key=lambda dim: (-strides[dim], -x.shape[dim]))
     back = sorted(range(x.dim()), key=lambda dim: order[dim])
-    return x.permute(order).contiguous().permute(back)
+    # A clone, since contiguous() keeps what it finds in dimensions of size 1.
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)

@@ -1,7 +1,7 @@
 """Pytrees by optree: flatten one tree like another, and say where and how two trees differ."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import optree
 from optree import PyTreeSpec
@@ -28,12 +28,12 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
     here, there = at.codify(name), at.codify("params")
     if params is None:
         return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
-    expected = cast("Any", optree.tree_flatten_one_level(params))
+    expected: Any = _one_level(params)
     if tree is None or optree.tree_is_leaf(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
-    got = cast("Any", optree.tree_flatten_one_level(tree))
+    got = _one_level(tree)
     children: Sequence[Any] = got.children
-    if issubclass(expected.type, dict) and issubclass(got.type, dict):
+    if isinstance(params, dict) and isinstance(tree, dict):
         by_key: dict[Any, Any] = dict(zip(got.entries, got.children, strict=True))
         missing = [key for key in expected.entries if key not in by_key]
         extra = [key for key in got.entries if key not in expected.entries]
@@ -42,7 +42,7 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
             adds = f" has the extra {extra}" if extra else ""
             return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
         children = [by_key[key] for key in expected.entries]
-    elif expected.type is not got.type:
+    elif params.__class__ is not tree.__class__:
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
     elif len(expected.children) != len(got.children):
         return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
@@ -52,6 +52,10 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
         if found:
             return found
     return None
+
+
+def _one_level(tree: Any) -> Any:
+    return optree.tree_flatten_one_level(tree)
 
 
 def _kind(tree: Any) -> str:

@@ -34,7 +34,7 @@ IMPORTS = {
 PUBLIC_NAMES = {"AdamHparams", "AdamState", "adam_init", "adam_update"}
 
 # Private torch names by the one file that may use them.
-PRIVATE_TORCH = {"tracking": ("torch, \"_C\"", "_current_level"), "kernels": ("_fused_adam", "_foreach_")}
+PRIVATE_TORCH = {"tracking": ('torch, "_C"', "_current_level"), "kernels": ("_fused_adam", "_foreach_")}
 
 
 def imports_of(module: str) -> set[str]:

@@ -1,0 +1,1 @@
+"""Tests of functional_adam; run `python -m pytest` in the repository root."""

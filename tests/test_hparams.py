@@ -1,0 +1,344 @@
+"""AdamHparams and AdamState are data: frozen, checked where they are built, and pytrees rebuilt from anything."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+
+# torch scripts some formulas when forward mode is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+
+
+def build(**numbers: Any) -> AdamHparams:
+    """AdamHparams with the betas as two arguments."""
+    betas = (numbers.pop("beta1", 0.9), numbers.pop("beta2", 0.999))
+    return AdamHparams(betas=betas, **numbers)
+
+
+def leaves_of(hparams: AdamHparams) -> list[Any]:
+    return [hparams.lr, *hparams.betas, hparams.eps, hparams.weight_decay]
+
+
+def optree_flatten(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
+    leaves, treespec = optree.tree_flatten(tree)
+    return leaves, treespec.unflatten
+
+
+def torch_flatten(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
+    leaves, treespec = torch_pytree.tree_flatten(tree)
+    return leaves, treespec.unflatten
+
+
+each_number = pytest.mark.parametrize("name", NUMBERS)
+each_flag = pytest.mark.parametrize("flag", FLAGS)
+each_flatten = pytest.mark.parametrize("flatten", [optree_flatten, torch_flatten])
+
+
+# A frozen dataclass with torch's names and defaults.
+
+
+def test_names_and_defaults_are_those_of_torch() -> None:
+    hparams = AdamHparams()
+    theirs = inspect.signature(torch.optim.Adam).parameters
+    for field in dataclasses.fields(hparams):
+        assert getattr(hparams, field.name) == theirs[field.name].default
+    assert [field.name for field in dataclasses.fields(hparams)] == ["lr", "betas", "eps", "weight_decay", *FLAGS]
+
+
+def test_fields_cannot_be_assigned() -> None:
+    hparams = AdamHparams()
+    for name in ("lr", "betas", "amsgrad"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{name}'"):
+            setattr(hparams, name, getattr(hparams, name))
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot delete field 'lr'"):
+        del hparams.lr
+
+
+def test_arguments_are_keyword_only() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        AdamHparams(0.1)  # type: ignore[misc]
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="momentum"):
+        AdamHparams(momentum=0.9)  # type: ignore[call-arg]
+
+
+def test_equal_numbers_make_equal_hparams() -> None:
+    assert AdamHparams(lr=0.1) == AdamHparams(lr=0.1)
+    assert AdamHparams(lr=0.1) != AdamHparams(lr=0.2)
+    assert AdamHparams(amsgrad=True) != AdamHparams()
+    assert hash(AdamHparams(lr=0.1)) == hash(AdamHparams(lr=0.1))
+
+
+def test_betas_may_be_a_list() -> None:
+    assert AdamHparams(betas=[0.8, 0.9]) == AdamHparams(betas=(0.8, 0.9))  # type: ignore[arg-type]
+
+
+# A pytree node: numbers are leaves, flags are structure.
+
+
+@each_flatten
+def test_leaves_are_the_five_numbers_in_order(flatten: Callable[..., Any]) -> None:
+    hparams = build(lr=0.1, beta1=0.2, beta2=0.3, eps=0.4, weight_decay=0.5, amsgrad=True)
+    leaves, unflatten = flatten(hparams)
+    assert leaves == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert unflatten(leaves) == hparams
+
+
+@each_flag
+def test_flags_are_structure(flag: str) -> None:
+    plain, flagged = AdamHparams(), AdamHparams(**{flag: True})
+    assert optree.tree_structure(plain) != optree.tree_structure(flagged)
+    assert torch_pytree.tree_structure(plain) != torch_pytree.tree_structure(flagged)
+    assert optree.tree_structure(flagged) == optree.tree_structure(AdamHparams(lr=7.0, **{flag: True}))
+    assert torch_pytree.tree_structure(flagged) == torch_pytree.tree_structure(AdamHparams(lr=7.0, **{flag: True}))
+
+
+def test_it_is_a_node_without_naming_a_namespace() -> None:
+    assert not optree.tree_is_leaf(AdamHparams())
+    assert optree.tree_leaves({"a": AdamHparams(), "b": 1.0}) == [*leaves_of(AdamHparams()), 1.0]
+    assert optree.tree_leaves(AdamHparams(), namespace="another") == leaves_of(AdamHparams())
+
+
+def test_paths_name_the_fields() -> None:
+    expected = ["hparams.lr", "hparams.betas[0]", "hparams.betas[1]", "hparams.eps", "hparams.weight_decay"]
+    assert [a.codify("hparams") for a in optree.tree_accessors(AdamHparams())] == expected
+    paths = [torch_pytree.keystr(path) for path, _ in torch_pytree.tree_leaves_with_path(AdamHparams())]
+    assert paths == [path.removeprefix("hparams") for path in expected]
+
+
+@pytest.mark.parametrize("tree_map", [optree.tree_map, torch_pytree.tree_map])
+@pytest.mark.parametrize(
+    "placeholder", [-1.0, None, "lr", object(), float("nan"), True, 1j, (1, 2)], ids=lambda x: type(x).__name__
+)
+def test_rebuilding_from_leaves_checks_nothing(tree_map: Callable[..., Any], placeholder: Any) -> None:
+    hparams = AdamHparams(amsgrad=True)
+    rebuilt = tree_map(lambda _: placeholder, hparams)
+    assert type(rebuilt) is AdamHparams
+    assert all(x is placeholder for x in leaves_of(rebuilt))
+    assert [getattr(rebuilt, flag) for flag in FLAGS] == [True, False, False]
+
+
+@each_flatten
+def test_rebuilt_hparams_are_frozen(flatten: Callable[..., Any]) -> None:
+    leaves, unflatten = flatten(AdamHparams())
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'lr'"):
+        unflatten(leaves).lr = 0.1
+
+
+number = st.one_of(st.floats(0.0, 0.999), st.floats(0.0, 0.999).map(torch.tensor))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.tuples(number, number, number, number, number), st.tuples(*[st.booleans()] * 3))
+def test_flatten_and_unflatten_are_inverse(numbers: tuple[Any, ...], flags: tuple[bool, ...]) -> None:
+    hparams = build(**dict(zip(NUMBERS, numbers, strict=True)), **dict(zip(FLAGS, flags, strict=True)))
+    for flatten in (optree_flatten, torch_flatten):
+        leaves, unflatten = flatten(hparams)
+        assert all(a is b for a, b in zip(leaves, numbers, strict=True))
+        rebuilt = unflatten(leaves)
+        assert all(a is b for a, b in zip(leaves_of(rebuilt), numbers, strict=True))
+        assert tuple(getattr(rebuilt, flag) for flag in FLAGS) == flags
+        assert rebuilt.numbers() == numbers
+
+
+@pytest.mark.parametrize("round_trip", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy])
+def test_copies_are_equal(round_trip: Callable[[Any], Any]) -> None:
+    hparams = build(lr=0.1, beta1=0.2, weight_decay=0.5, maximize=True)
+    copied = round_trip(hparams)
+    assert type(copied) is AdamHparams
+    assert copied == hparams
+
+
+@pytest.mark.parametrize("round_trip", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_copies_of_tensor_hparams_have_tensors_of_their_own(round_trip: Callable[[Any], Any]) -> None:
+    hparams = AdamHparams(lr=torch.tensor(0.1))
+    copied = round_trip(hparams)
+    assert torch.equal(copied.lr, torch.tensor(0.1))
+    assert copied.lr.data_ptr() != hparams.lr.data_ptr()
+
+
+def test_a_treespec_survives_pickle_and_json() -> None:
+    treespec = optree.tree_structure(AdamHparams(amsgrad=True))
+    assert pickle.loads(pickle.dumps(treespec)) == treespec
+    spec = torch_pytree.tree_structure(AdamHparams(amsgrad=True))
+    assert torch_pytree.treespec_loads(torch_pytree.treespec_dumps(spec)) == spec
+
+
+# Values are checked where hyperparameters are built.
+
+WHAT = {
+    "lr": "Invalid learning rate",
+    "beta1": "Invalid beta parameter at index 0",
+    "beta2": "Invalid beta parameter at index 1",
+    "eps": "Invalid epsilon value",
+    "weight_decay": "Invalid weight_decay value",
+}
+
+
+@each_number
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor([0.5, x])], ids=["float", "0d", "1d"])
+@pytest.mark.parametrize("value", [-1.0, -1e-30, float("nan"), float("-inf")])
+def test_values_out_of_range_are_refused(name: str, kind: Callable[[float], Any], value: float) -> None:
+    with pytest.raises(ValueError, match=WHAT[name]):
+        build(**{name: kind(value)})
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor([0.5, x])], ids=["float", "0d", "1d"])
+@pytest.mark.parametrize("value", [1.0, 1.5, float("inf")])
+def test_betas_from_one_on_are_refused(name: str, kind: Callable[[float], Any], value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{WHAT[name]}.*\[0, 1\)"):
+        build(**{name: kind(value)})
+
+
+@each_number
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, torch.tensor(0.0), torch.tensor(0.5, dtype=torch.float64)], ids=str)
+def test_values_in_range_are_kept_as_they_are(name: str, value: Any) -> None:
+    assert leaves_of(build(**{name: value}))[NUMBERS.index(name)] is value
+
+
+@pytest.mark.parametrize("name", ["lr", "beta1", "eps", "weight_decay"])
+def test_replace_checks_again(name: str) -> None:
+    changes: dict[str, Any] = {"betas": (-1.0, 0.9)} if name == "beta1" else {name: -1.0}
+    with pytest.raises(ValueError, match=WHAT[name]):
+        dataclasses.replace(AdamHparams(), **changes)
+
+
+def test_replace_keeps_the_rest() -> None:
+    hparams = build(lr=0.1, beta1=0.2, eps=0.3, weight_decay=0.4, maximize=True)
+    replaced = dataclasses.replace(hparams, lr=0.5)
+    assert replaced == build(lr=0.5, beta1=0.2, eps=0.3, weight_decay=0.4, maximize=True)
+    assert hparams.lr == 0.1
+
+
+@each_number
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_stacked_tensors_are_allowed_for_vmap(name: str, dtype: torch.dtype) -> None:
+    value = torch.tensor([0.1, 0.2, 0.5], dtype=dtype)
+    hparams = build(**{name: value})
+    got = torch.func.vmap(lambda x: optree.tree_leaves(build(**{name: x}))[NUMBERS.index(name)])(value)
+    assert leaves_of(hparams)[NUMBERS.index(name)] is value
+    assert torch.equal(got, value)
+
+
+# A tensor that somebody watches, or that lives elsewhere, is not read.
+
+
+def in_vmap(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.vmap(run)(x.expand(2))
+
+
+def in_grad(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.grad(run)(x)
+
+
+def in_jvp(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.jvp(run, (x,), (x,))
+
+
+def in_dual_level(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    with forward_ad.dual_level():
+        run(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def in_autograd(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    run(x.clone().requires_grad_())
+
+
+def on_meta(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    run(x.to("meta"))
+
+
+@each_number
+@pytest.mark.parametrize("watch", [in_vmap, in_grad, in_jvp, in_dual_level, in_autograd, on_meta])
+def test_watched_tensors_are_not_read(name: str, watch: Callable[..., None]) -> None:
+    seen: list[Any] = []
+
+    def run(x: Tensor) -> Tensor:
+        kept = leaves_of(build(**{name: x}))[NUMBERS.index(name)]
+        seen.append(kept is x)
+        return kept * 2
+
+    watch(run, torch.tensor(-1.0))
+    assert seen == [True]
+
+
+@each_number
+def test_tensors_that_require_grad_are_read_where_grad_mode_is_off(name: str) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=WHAT[name]):
+        build(**{name: torch.tensor(-1.0, requires_grad=True)})
+
+
+# AdamState.
+
+
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@each_flatten
+def test_state_is_a_named_tuple_for_both_pytrees(
+    flatten: Callable[..., Any], amsgrad: bool, per_leaf_step: bool
+) -> None:
+    params = {"a": torch.ones(2), "b": (torch.ones(3), torch.ones(()))}
+    state = adam_init(params, AdamHparams(amsgrad=amsgrad), per_leaf_step=per_leaf_step)
+    assert isinstance(state, tuple)
+    assert AdamState._fields == ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_params")
+    leaves, unflatten = flatten(state)
+    assert all(type(x) is Tensor for x in leaves)
+    assert len(leaves) == (3 if per_leaf_step else 1) + 3 * (3 if amsgrad else 2)
+    rebuilt = unflatten(leaves)
+    assert type(rebuilt) is AdamState
+    assert all(a is b for a, b in zip(flatten(rebuilt)[0], leaves, strict=True))
+
+
+def test_absent_fields_of_the_state_are_empty_tuples() -> None:
+    assert AdamState._field_defaults == {"max_exp_avg_sq": (), "master_params": ()}
+    state = adam_init(torch.ones(2), AdamHparams())
+    assert state.max_exp_avg_sq == ()
+    assert state.master_params == ()
+    _, state = adam_update(torch.ones(2), torch.ones(2), state, AdamHparams())
+    assert state.max_exp_avg_sq == ()
+    assert state.master_params == ()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_step_is_float32_whatever_the_default_dtype(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        state = adam_init(torch.ones(2), AdamHparams())
+        params, new_state = adam_update(torch.ones(2), torch.ones(2), state, AdamHparams())
+    finally:
+        torch.set_default_dtype(before)
+    assert state.step.dtype == new_state.step.dtype == torch.float32
+    assert params.dtype == default
+    assert state.step.shape == ()
+
+
+@pytest.mark.parametrize("round_trip", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
+def test_a_copied_state_continues_with_the_same_bits(round_trip: Callable[[Any], Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = {"a": torch.randn(3, generator=generator), "b": [torch.randn(2, 2, generator=generator)]}
+    hparams = AdamHparams(lr=0.1, amsgrad=True)
+    params, state = adam_update(params, params, adam_init(params, hparams), hparams)
+    expected = adam_update(params, params, state, hparams)
+    got = adam_update(*round_trip((params, params, state, hparams)))
+    for a, b in zip(optree.tree_leaves(got), optree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)

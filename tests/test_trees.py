@@ -1,0 +1,224 @@
+"""Any pytree of tensors can be updated, leaf by leaf, and comes back as it was: structure, order of keys, types."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.oracles import KERNELS
+from tests.strategies import PROPERTY, Pair, is_dense, random_tensor, tensors, trees
+from tests.tolerances import assert_equal
+
+OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
+
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+every_donate = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+every_step = pytest.mark.parametrize("per_leaf_step", [False, True], ids=["shared_step", "per_leaf_step"])
+
+
+class Layer(NamedTuple):
+    weight: Any
+    bias: Any
+
+
+@optree.dataclasses.dataclass(namespace="")
+class Attention:
+    """A node of the user's own, with something in it that is no leaf."""
+
+    query: Any
+    heads: int = optree.dataclasses.field(pytree_node=False)
+    key: Any = None
+
+
+def leaf(seed: int, shape: tuple[int, ...] = (3, 2)) -> Tensor:
+    return random_tensor(shape, torch.float32, seed)
+
+
+def _with_keys(make: Callable[[list[tuple[Any, Any]]], Any], *keys: Any) -> Any:
+    return make([(key, leaf(index, (index + 1,))) for index, key in enumerate(keys)])
+
+
+TREES: dict[str, Callable[[], Any]] = {
+    "bare_tensor": lambda: leaf(0),
+    "dict": lambda: _with_keys(dict, "w", "b", "a"),
+    "numbered_names": lambda: _with_keys(dict, *(f"layers.{i}" for i in range(12))),
+    "ordered_dict": lambda: _with_keys(OrderedDict, "w", "b", "a"),
+    "default_dict": lambda: _with_keys(lambda items: defaultdict(list, items), "w", "b", "a"),
+    "unsortable_keys": lambda: _with_keys(dict, "w", 3, ("a", 1), 1, "b"),
+    "unsortable_ordered_dict": lambda: _with_keys(OrderedDict, "w", 3, ("a", 1), 1, "b"),
+    "list": lambda: [leaf(0), leaf(1, ())],
+    "tuple": lambda: (leaf(0), leaf(1, ())),
+    "one_tuple": lambda: (leaf(0),),
+    "namedtuple": lambda: Layer(leaf(0), leaf(1, ())),
+    "nested": lambda: {"b": [leaf(0), (leaf(1), {"z": leaf(2), "a": leaf(3)})], "a": Layer(leaf(4), [leaf(5)])},
+    "empty_dict": dict,
+    "empty_list": list,
+    "empty_tuple": tuple,
+    "none": lambda: None,
+    "nested_empty": lambda: {"b": [], "a": leaf(0), "c": {}, "d": ()},
+    "none_subtrees": lambda: {"b": None, "a": leaf(0), "c": [None, leaf(1)], "d": Layer(leaf(2), None)},
+    "own_node": lambda: {"b": Attention(leaf(0), heads=4), "a": Attention([leaf(1)], heads=2, key=leaf(2))},
+}
+every_tree = pytest.mark.parametrize("make", TREES.values(), ids=TREES.keys())
+
+
+def gradients_of(params: Any) -> Any:
+    return optree.tree_map(lambda p: random_tensor(p.shape, p.dtype, 1000 + p.numel()), params)
+
+
+def copy_of(tree: Any) -> Any:
+    return optree.tree_map(torch.clone, tree)
+
+
+def assert_same_form(actual: Any, expected: Any) -> None:
+    """Same types of nodes, same keys in the same order, same length, and None where there is None."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        if isinstance(expected, defaultdict):
+            assert actual.default_factory is expected.default_factory
+        actual, expected = list(actual.values()), list(expected.values())
+    if isinstance(expected, Attention):
+        assert actual.heads == expected.heads
+        actual, expected = [actual.query, actual.key], [expected.query, expected.key]
+    if isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_form(a, e)
+
+
+def check_state_form(state: AdamState, params: Any, hparams: AdamHparams, *, per_leaf_step: bool) -> None:
+    assert type(state) is AdamState
+    assert_same_form(state.exp_avg, params)
+    assert_same_form(state.exp_avg_sq, params)
+    assert_same_form(state.max_exp_avg_sq, params if hparams.amsgrad else ())
+    assert_same_form(state.step, params if per_leaf_step else torch.zeros(()))
+    assert state.master_params == ()
+    assert all(step.dtype is torch.float32 and step.shape == () for step in optree.tree_leaves(state.step))
+
+
+@every_tree
+@every_step
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_init_makes_zeros_in_the_form_of_params(make: Callable[[], Any], per_leaf_step: bool, amsgrad: bool) -> None:
+    params = make()
+    hparams = AdamHparams(amsgrad=amsgrad)
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    check_state_form(state, params, hparams, per_leaf_step=per_leaf_step)
+    assert not any(x.any() for x in optree.tree_leaves(state))
+    for moments in (state.exp_avg, state.exp_avg_sq):
+        assert [x.shape for x in optree.tree_leaves(moments)] == [x.shape for x in optree.tree_leaves(params)]
+
+
+@kernels
+@every_donate
+@every_step
+@every_tree
+def test_form_is_kept(kernel: str, donate: bool, per_leaf_step: bool, make: Callable[[], Any]) -> None:
+    params = make()
+    hparams = AdamHparams(**OPTIONS)
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    for count in (1, 2):
+        params, state = adam_update(params, gradients_of(make()), state, hparams, kernel=kernel, donate=donate)
+        assert_same_form(params, make())
+        check_state_form(state, make(), hparams, per_leaf_step=per_leaf_step)
+        assert all(step.item() == count for step in optree.tree_leaves(state.step))
+
+
+@kernels
+@every_donate
+@every_step
+@every_tree
+def test_tree_update_is_the_update_of_its_leaves(
+    kernel: str, donate: bool, per_leaf_step: bool, make: Callable[[], Any]
+) -> None:
+    hparams = AdamHparams(**OPTIONS)
+    params, flat = make(), optree.tree_leaves(make())
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    flat_state = adam_init(flat, hparams)
+    for _ in range(2):
+        grads = gradients_of(make())
+        params, state = adam_update(params, grads, state, hparams, kernel=kernel, donate=donate)
+        flat, flat_state = adam_update(flat, optree.tree_leaves(grads), flat_state, hparams, kernel=kernel)
+    for tree, leaves in zip((params, *state[1:4]), (flat, *flat_state[1:4]), strict=True):
+        assert_equal(optree.tree_leaves(tree), leaves)
+
+
+@kernels
+def test_gradients_and_moments_are_found_by_key_whatever_their_order(kernel: str) -> None:
+    params = {"w": leaf(0), "b": leaf(1), "a": leaf(2)}
+    grads = {"w": leaf(3), "b": leaf(4), "a": leaf(5)}
+    hparams = AdamHparams(**OPTIONS)
+    state = adam_init(params, hparams)
+    expected = adam_update(params, grads, state, hparams, kernel=kernel)
+
+    def reverse(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(reversed(tree.items()))
+
+    mixed_state = state._replace(exp_avg=reverse(state.exp_avg))
+    assert_equal(adam_update(params, reverse(grads), mixed_state, hparams, kernel=kernel), expected)
+    new_params, _ = adam_update(reverse(params), grads, state, hparams, kernel=kernel)
+    assert list(new_params) == ["a", "b", "w"]
+    assert_equal(new_params, expected[0])
+
+
+@kernels
+@every_donate
+@every_step
+@PROPERTY
+@given(params=trees(tensors(overlapping=False)), amsgrad=st.booleans())
+def test_state_is_a_fixed_point(kernel: str, donate: bool, per_leaf_step: bool, params: Any, amsgrad: bool) -> None:
+    hparams = AdamHparams(amsgrad=amsgrad, weight_decay=0.1)
+    before = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    check_state_form(before, params, hparams, per_leaf_step=per_leaf_step)
+
+    def looks(tree: Any, *, as_new: bool = False) -> list[tuple[Any, ...]]:
+        leaves = optree.tree_leaves(tree)
+        kept = [x if donate or is_dense(x) or not as_new else torch.empty_like(x) for x in leaves]
+        return [(x.shape, x.dtype, x.device, x.stride()) for x in kept]
+
+    looks_before, looks_of_params = looks(before), looks(params, as_new=True)
+    form = optree.tree_map(torch.empty_like, params)
+    new_params, after = adam_update(params, gradients_of(params), before, hparams, kernel=kernel, donate=donate)
+
+    assert_same_form(new_params, form)
+    check_state_form(after, form, hparams, per_leaf_step=per_leaf_step)
+    assert looks(after) == looks_before
+    assert looks(new_params) == looks_of_params
+
+
+@kernels
+@PROPERTY
+@given(params=trees(tensors(dtypes=[torch.float32, torch.float64, torch.bfloat16])))
+def test_random_tree_update_is_the_update_of_each_leaf_alone(kernel: str, params: Any) -> None:
+    hparams = AdamHparams(**OPTIONS)
+    grads = gradients_of(params)
+    new_params, state = adam_update(params, grads, adam_init(params, hparams), hparams, kernel=kernel)
+    rows = zip(*(optree.tree_leaves(tree) for tree in (params, grads, new_params, *state[1:4])), strict=True)
+    for param, grad, *actual in rows:
+        alone, alone_state = adam_update(param, grad, adam_init(param, hparams), hparams, kernel=kernel)
+        assert_equal(actual, [alone, *alone_state[1:4]])
+
+
+@kernels
+@every_donate
+def test_none_gradients_stand_still_in_any_tree(kernel: str, donate: bool) -> None:
+    def make() -> Any:
+        return {"b": Pair(leaf(0), leaf(1)), "a": [leaf(2)]}
+
+    hparams = AdamHparams(**OPTIONS)
+    state = adam_init(make(), hparams, per_leaf_step=True)
+    grads = {"b": Pair(leaf(3), None), "a": [leaf(4)]}
+    params, new = adam_update(make(), grads, copy_of(state), hparams, kernel=kernel, donate=donate)
+    assert_equal(params["b"].second, leaf(1))
+    assert_equal([tree["b"].second for tree in new[:4]], [tree["b"].second for tree in state[:4]])
+    assert [step.item() for step in (new.step["b"].first, new.step["a"][0])] == [1, 1]
+    assert not torch.equal(params["b"].first, leaf(0))
+    assert not torch.equal(params["a"][0], leaf(2))
