@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, corrections, precise, sqrt
+from functional_adam.equations import Scalars, corrections, precise
 from functional_adam.hparams import Scalar
 
 Leaf: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
@@ -89,14 +89,15 @@ def point_at(leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], 
     if p is not None and (isinstance(weight_decay, Tensor) or weight_decay != 0):
         g = g + weight_decay * p
     new_m = torch.lerp(m, g, 1 - beta1)
-    new_v = v * beta2 + g * g * (1 - beta2)
+    new_v = torch.addcmul(v * beta2, g * (1 - beta2), g)
     share = None
     if u is not None:
         share = torch.where(new_v > u, 1.0, torch.where(new_v == u, 0.5, 0.0)).to(m.dtype)
         new_v = torch.maximum(u, new_v)
-    root = sqrt(new_v)
-    zero = root == 0
-    half = torch.where(zero, 0.0, 0.5 / torch.where(zero, 1.0, root))
+    zero = new_v == 0
+    nonzero_root = new_v.masked_fill(zero, 1.0).sqrt()
+    root = nonzero_root.masked_fill(zero, 0.0)
+    half = (0.5 / nonzero_root).masked_fill(zero, 0.0)
     inverse = 1 / (root / root_correction + eps)
     return Point(
         m,
@@ -123,16 +124,16 @@ def leaf_vjp(
     """Cotangents of the leaf and of the `wanted` scalars, from those of (p', m', v', u'); the last is not used."""
     p, m, v, u, _ = cotangents
     scaled = p * at.inverse
-    m = m - at.step_size * scaled
-    denominator = at.step_size * at.new_m * at.inverse * scaled
-    largest = denominator * at.half / at.root_correction
+    m = m - scaled * at.step_size
+    denominator = at.new_m * at.inverse * scaled * at.step_size
+    largest = denominator * at.half * (1 / at.root_correction)
     if at.share is None or u is None:
         v = v + largest
     else:
         largest = largest + u
         v = v + at.share * largest
         u = (1 - at.share) * largest
-    g = m * (1 - at.beta1) + v * at.g * (2 * (1 - at.beta2))
+    g = torch.addcmul(m * (1 - at.beta1), v * (2 * (1 - at.beta2)), at.g)
     terms: dict[str, Callable[[], Tensor]] = {
         "decay": lambda: p * cast("Tensor", p_in),
         "weight_decay": lambda: g * cast("Tensor", p_in),
@@ -150,6 +151,31 @@ def leaf_vjp(
     new_p = p * at.decay if has_decay else p
     new_p = new_p + g * at.weight_decay if has_coupled else new_p
     return (new_p, m * at.beta1, v * at.beta2, u, -g if at.is_maximized else g), scalars
+
+
+def plain_leaf_vjp(
+    leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], cotangents: Leaf, h: Scalars, local: Local
+) -> Leaf:
+    """`leaf_vjp` for the usual case, in half its operations: numbers only, no amsgrad, and nobody differentiates on."""
+    p_in, m_in, v_in, _, g = leaf
+    p, m, v, _, _ = cotangents
+    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = cast("tuple[float, ...]", local)
+    if h.maximize:
+        g = -g
+    if p_in is not None and weight_decay:
+        g = g.add(p_in, alpha=weight_decay)
+    new_m = torch.lerp(m_in, g, 1 - beta1)
+    root = (v_in * beta2).addcmul_(g, g, value=1 - beta2).sqrt_()
+    denominator = root + eps * root_correction  # D * root_correction
+    scaled = p / denominator
+    m = torch.sub(m, scaled, alpha=step_size * root_correction)
+    root.masked_fill_(root == 0, math.inf)
+    of_v = new_m.mul_(scaled).div_(denominator.mul_(root))
+    v = torch.add(v, of_v, alpha=0.5 * step_size * root_correction)
+    of_g = (m * (1 - beta1)).addcmul_(v, g, value=2 * (1 - beta2))
+    p = p if decay == 1 else p * decay
+    p = p.add(of_g, alpha=weight_decay) if weight_decay else p
+    return p, m.mul_(beta1), v.mul_(beta2), None, of_g.neg_() if h.maximize else of_g
 
 
 def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -62,8 +62,11 @@ def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Sc
     denominator = sqrt(v if u is None else u) / scalar(root_correction) + scalar(h.eps)
     p = p - m / denominator * scalar(step_size)
 
-    largest = None if u is None or max_exp_avg_sq is None else as_leaf(u, max_exp_avg_sq)
-    return as_leaf(p, param), as_leaf(m, exp_avg), as_leaf(v, exp_avg_sq), largest
+    def leaf(x: Tensor, old: Tensor) -> Tensor:
+        return with_layout_of(as_leaf(x, old), old)
+
+    largest = None if u is None or max_exp_avg_sq is None else leaf(u, max_exp_avg_sq)
+    return leaf(p, param), leaf(m, exp_avg), leaf(v, exp_avg_sq), largest
 
 
 def corrections(step: Scalar, h: Scalars) -> tuple[Scalar, Scalar]:
@@ -96,5 +99,5 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def as_leaf(real: Tensor, leaf: Tensor) -> Tensor:
-    """`real`, which `as_real` made of something like `leaf`, in the dtype and layout of `leaf`."""
-    return with_layout_of((torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype), leaf)
+    """`real`, which `as_real` made of something like `leaf`, in the dtype of `leaf`."""
+    return (torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype)

@@ -4,7 +4,8 @@ The forward pass runs the kernel. The derivatives are plain differentiable opera
 differentiated and mapped again: `torch.func` inside them would break saved-tensor hooks and nested forward mode.
 """
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from functional_adam.derivatives import (
     local_scalars,
     numbers_jvp,
     numbers_vjp,
+    plain_leaf_vjp,
     point_at,
     reached_by,
 )
@@ -27,8 +29,12 @@ from functional_adam.leaves import Buffers
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
 from functional_adam.tracking import is_constant, is_host_value, is_transformed
 
-# Below this many elements the leaves of a derivative are joined into one: fewer operations weigh more than the copies.
-_JOIN_BELOW = 2**18
+# Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
+# operations, and large ones are cut, so that intermediate values stay in the cache.
+_PIECE = 2**16
+
+_Piece: TypeAlias = list[tuple[int, int, int]]
+"""Slices (leaf, start, stop) of flattened leaves."""
 
 
 def differentiable_update(
@@ -44,14 +50,17 @@ def differentiable_update(
     There is one of `steps`, which do not count this update yet, or one a leaf.
     """
     dtype = compute_dtype(*next(buffers.rows()))
-    ready = buffers.map(lambda x: as_real(x.to(dtype)))
-    real_grads = [as_real(grad.to(dtype)) for grad in grads]
+    is_ready = not dtype.is_complex and all(x.dtype is dtype for x in (*buffers.flat, *grads))
+    ready = buffers if is_ready else buffers.map(lambda x: as_real(x.to(dtype)))
+    real_grads = grads if is_ready else [as_real(grad.to(dtype)) for grad in grads]
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
         scale = grad_scale.to(device=grads[0].device, dtype=wide)
         real_grads = [(grad.to(wide) / scale).to(grad.dtype) for grad in real_grads]
     spec = Spec(kernel, len(grads), scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay)
     new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
+    if is_ready:
+        return new
     columns = zip(new, buffers, strict=True)
     return Buffers(*([as_leaf(x, old) for x, old in zip(*pair, strict=True)] for pair in columns))
 
@@ -88,25 +97,32 @@ class _Update(torch.autograd.Function):
         wanted, reached = _wanted(ctx)
         incoming = unpack_buffers(spec, cotangents)
 
-        outgoing: tuple[list[Any], ...] = tuple([None] * spec.count for _ in range(5))
+        is_plain = not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed())
+        columns, incoming_columns = _flattened((*buffers, grads)), _flattened(incoming)
+        outgoing: list[list[list[Tensor]]] = [[[] for _ in grads] for _ in range(5)]
         of_numbers: list[Any] = [None] * 5
         of_steps: list[Any] = [None] * len(steps)
-        for piece in _pieces(spec, grads, steps):
-            k = 0 if len(steps) == 1 else piece[0]
+        for piece in _pieces(grads, is_step_shared=len(steps) == 1):
+            k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
-            leaf = _join(piece, *buffers, grads)
-            point = point_at(leaf, h, local_scalars(h, t))
-            leaf_cotangents, scalar_cotangents = leaf_vjp(point, _join(piece, *incoming, []), reached, leaf[0])
+            leaf, cots, local = _join(piece, columns), _join(piece, incoming_columns), local_scalars(h, t)
+            if is_plain and not any(isinstance(x, Tensor) for x in local):
+                leaf_cotangents = plain_leaf_vjp(leaf, cots, h, local)
+                scalar_cotangents: dict[str, Tensor] = {}
+            else:
+                leaf_cotangents, scalar_cotangents = leaf_vjp(point_at(leaf, h, local), cots, reached, leaf[0])
             for column, value in zip(outgoing, leaf_cotangents, strict=True):
-                _split(value, piece, grads, column)
-            *five, of_step = numbers_vjp(h, t, Local(*map(scalar_cotangents.get, Local._fields)), wanted)
-            of_numbers = [_plus(x, y) for x, y in zip(of_numbers, five, strict=True)]
-            of_steps[k] = of_step
+                _split(piece, value, column)
+            if wanted:
+                of_local = Local(*map(scalar_cotangents.get, Local._fields))
+                *five, of_step = numbers_vjp(h, t, of_local, wanted)
+                of_numbers = [_plus(x, y) for x, y in zip(of_numbers, five, strict=True)]
+                of_steps[k] = _plus(of_steps[k], of_step)
         of_numbers = [_as(x, number) for x, number in zip(of_numbers, numbers, strict=True)]
         of_steps = [_as(x, step) for x, step in zip(of_steps, steps, strict=True)]
-        *of_buffers, of_grads = outgoing
-        flat = [x for column in of_buffers[: 4 if spec.amsgrad else 3] for x in column]
-        return (None, *flat, *of_grads, *of_numbers, *of_steps)
+        if not spec.amsgrad:
+            del outgoing[3]
+        return (None, *_put_together(outgoing, grads), *of_numbers, *of_steps)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -114,18 +130,19 @@ class _Update(torch.autograd.Function):
         buffers, grads, numbers, steps = _saved(ctx)
         h = spec.scalars(numbers)
         buffer_tangents, grad_tangents, number_tangents, step_tangents = unpack(spec, tangents)
-        new: tuple[list[Any], ...] = tuple([None] * spec.count for _ in range(4 if spec.amsgrad else 3))
-        for piece in _pieces(spec, grads, steps):
-            k = 0 if len(steps) == 1 else piece[0]
+        columns, direction = _flattened((*buffers, grads)), _flattened((*buffer_tangents, grad_tangents))
+        new: list[list[list[Tensor]]] = [[[] for _ in grads] for _ in range(4 if spec.amsgrad else 3)]
+        for piece in _pieces(grads, is_step_shared=len(steps) == 1):
+            k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
-            leaf = _join(piece, *buffers, grads)
+            leaf = _join(piece, columns)
             point = point_at(leaf, h, local_scalars(h, t))
             directions = Numbers(*(None if x is None else precise(x) for x in (*number_tangents, step_tangents[k])))
             local = numbers_jvp(h, t, directions)
-            row = leaf_jvp(point, _join(piece, *buffer_tangents, grad_tangents), local, leaf[0])
+            row = leaf_jvp(point, _join(piece, direction), local, leaf[0])
             for column, value in zip(new, row, strict=False):
-                _split(value, piece, grads, column)
-        return tuple(x for column in new for x in column)
+                _split(piece, value, column)
+        return tuple(_put_together(new, grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -186,33 +203,54 @@ def _value(step: Tensor) -> Scalar:
     return step.item() if is_host_value(step) and is_constant(step) else step
 
 
-def _pieces(spec: Spec, grads: list[Tensor], steps: list[Tensor]) -> list[list[int]]:
-    """Which leaves are treated together: all if they are small and share a step, else each by itself."""
-    indices = list(range(spec.count))
-    if len(steps) == 1 and sum(g.numel() for g in grads) < _JOIN_BELOW:
-        return [indices]
-    return [[i] for i in indices]
+def _flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
+    return [[x if x is None else x.reshape(-1) for x in column] for column in columns]
 
 
-def _join(piece: list[int], *columns: list[Any]) -> tuple[Any, ...]:
-    """For each column its leaves in `piece` as one tensor; None where it has none."""
+def _pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[_Piece]:
+    """All elements of `leaves`; leaves with steps of their own are kept apart."""
+    pieces: list[_Piece] = []
+    room = 0
+    for index, leaf in enumerate(leaves):
+        count = leaf.numel()
+        room = room if is_step_shared else 0
+        for start in range(0, max(count, 1), _PIECE):
+            stop = min(count, start + _PIECE)
+            if stop - start > room or not pieces:
+                pieces.append([])
+                room = _PIECE
+            pieces[-1].append((index, start, stop))
+            room -= stop - start
+    return pieces
+
+
+def _join(piece: _Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, Any]:
+    """The piece of each column as one tensor, in float32 or wider; None where there is none."""
 
     def joined(column: list[Any]) -> Any:
-        if not column or column[piece[0]] is None:
+        if not column or column[piece[0][0]] is None:
             return None
-        one = column[piece[0]] if len(piece) == 1 else torch.cat([column[i].reshape(-1) for i in piece])
+        parts = [column[i] if stop - start == column[i].numel() else column[i][start:stop] for i, start, stop in piece]
+        one = parts[0] if len(parts) == 1 else torch.cat(parts)
         return one.to(torch.promote_types(one.dtype, torch.float32))
 
-    return tuple(map(joined, columns))
+    p, m, v, u, *g = map(joined, columns)
+    return p, m, v, u, g[0] if g else None
 
 
-def _split(value: Tensor | None, piece: list[int], like: list[Tensor], column: list[Any]) -> None:
-    if value is None:
-        return
-    sizes = [like[i].numel() for i in piece]
-    parts = [value] if len(piece) == 1 else torch.split(value, sizes)
-    for i, part in zip(piece, parts, strict=True):
-        column[i] = part.reshape(like[i].shape).to(like[i].dtype)
+def _split(piece: _Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
+    """Append the parts of `value` to those of their leaves."""
+    if value is not None:
+        parts = [value] if len(piece) == 1 else torch.split(value, [stop - start for _, start, stop in piece])
+        for (index, _, _), part in zip(piece, parts, strict=True):
+            column[index].append(part)
+
+
+def _put_together(columns: list[list[list[Tensor]]], like: list[Tensor]) -> Iterator[Tensor]:
+    """Leaves in the shape and dtype of `like` from their parts, column after column."""
+    for column in columns:
+        for parts, leaf in zip(column, like, strict=True):
+            yield (parts[0] if len(parts) == 1 else torch.cat(parts)).view(leaf.shape).to(leaf.dtype)
 
 
 def _plus(x: Any, y: Any) -> Any:

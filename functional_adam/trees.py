@@ -42,7 +42,7 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
             adds = f" has the extra {extra}" if extra else ""
             return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
         children = [by_key[key] for key in expected.entries]
-    elif params.__class__ is not tree.__class__:
+    elif _kind(params) != _kind(tree):
         return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
     elif len(expected.children) != len(got.children):
         return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
@@ -59,4 +59,4 @@ def _one_level(tree: Any) -> Any:
 
 
 def _kind(tree: Any) -> str:
-    return "None" if tree is None else f"of type {tree.__class__.__name__}"
+    return "None" if tree is None else f"of type {tree.__class__.__qualname__}"
