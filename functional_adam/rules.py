@@ -250,7 +250,8 @@ def _put_together(columns: list[list[list[Tensor]]], like: list[Tensor]) -> Iter
     """Leaves in the shape and dtype of `like` from their parts, column after column."""
     for column in columns:
         for parts, leaf in zip(column, like, strict=True):
-            yield (parts[0] if len(parts) == 1 else torch.cat(parts)).view(leaf.shape).to(leaf.dtype)
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(leaf.shape)
+            yield whole if whole.dtype is leaf.dtype else whole.to(leaf.dtype)
 
 
 def _plus(x: Any, y: Any) -> Any:

@@ -29,8 +29,36 @@ TABLE = (
         result=r"^Test accuracy: \d+\.\d+ %$",
         options=("--kernel", "--donate", "--epochs", "--seed", "--output"),
     ),
+    Example(
+        "lr_sweep",
+        fast=("--steps", "5", "--learning-rates", "4"),
+        result=r"^.*Best learning rate: [\d.]+, test loss [\d.]+ nats$",
+        options=("--learning-rates", "--members", "--steps", "--seed", "--threads", "--output"),
+    ),
+    Example(
+        "learn_the_optimizer",
+        fast=("--steps", "2"),
+        result=r"^ *40 steps, learnt +loss [\d.]+ \([\d.]+\), accuracy [\d.]+$",
+        options=("--steps", "--seed", "--output"),
+    ),
+    Example(
+        "few_shot",
+        fast=("--meta-steps", "3"),
+        result=r"^Adam  learnt  ( +[\d.]+ \+- [\d.]+){3} +[\d.]+$",
+        options=("--meta-steps", "--inner-steps", "--shots", "--seed", "--threads", "--output"),
+    ),
+    Example(
+        "many_fits",
+        fast=("--fits", "50", "--loop", "2", "--steps", "5"),
+        result=r"^Largest difference to torch.optim.Adam over 2 fits: [\d.e-]+$",
+        options=("--fits", "--loop", "--steps", "--seed", "--output"),
+    ),
 )
 every_example = pytest.mark.parametrize("example", TABLE, ids=[example.name for example in TABLE])
+
+
+def test_every_example_is_in_the_table():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {example.name for example in TABLE}
 
 
 def run(name: str, *arguments: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:

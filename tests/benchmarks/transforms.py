@@ -1,0 +1,198 @@
+"""What the transforms cost.
+
+`vmap`: one update of 64 small networks in a mapped call, against a direct call
+on the stacked tree and against a loop of torch.optim.Adam(fused=True).step();
+"own lr" gives each network a learning rate of its own.
+
+`meta`: a meta-gradient through unrolled inner steps on a network of four
+layers, against the same with TorchOpt, and with plain gradient descent, the
+floor that both stand on. `saved`: the memory that it keeps for backward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, vmap
+from torch.nn.functional import mse_loss
+from torch.testing import assert_close
+
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.benchmarks.measure import Bench, Code, Target, chained
+
+Params: TypeAlias = dict[str, Tensor]
+
+MEMBERS = 64
+INPUTS, OUTPUTS = 64, 10
+LR = 1e-3
+HPARAMS = AdamHparams(lr=LR)
+
+DEPTH = 4
+BATCH = 32
+
+TORCHOPT_MISSING = "TorchOpt is not installed: pip install --no-deps torchopt==0.7.3 graphviz"
+
+
+def run(bench: Bench) -> None:
+    for width in (16, 64, 128, 256):
+        compare_members(bench, width)
+    for width, steps in ((64, 20), (1024, 5)):
+        compare_meta_gradients(bench, width, steps)
+
+
+# Many models in one call.
+
+
+def compare_members(bench: Bench, width: int) -> None:
+    shapes = ((width, INPUTS), (width,), (width, width), (width,), (OUTPUTS, width), (OUTPUTS,))
+    make = partial(torch.randn, device=bench.device)
+    params = {str(i): make(MEMBERS, *shape) for i, shape in enumerate(shapes)}
+    grads = {name: make(param.shape) for name, param in params.items()}
+    lrs = torch.linspace(LR / MEMBERS, LR, MEMBERS, device=bench.device)
+    state = adam_init(params, HPARAMS)
+    member_states = vmap(lambda p: adam_init(p, HPARAMS))(params)
+    mapped = vmap(lambda p, g, s: adam_update(p, g, s, HPARAMS))
+    mapped_lrs = vmap(lambda p, g, s, lr: adam_update(p, g, s, AdamHparams(lr=lr)))
+
+    def update(params: Params, state: AdamState) -> tuple[Params, AdamState]:
+        return adam_update(params, grads, state, HPARAMS)
+
+    def update_mapped(params: Params, state: AdamState) -> tuple[Params, AdamState]:
+        return mapped(params, grads, state)
+
+    def update_mapped_lrs(params: Params, state: AdamState) -> tuple[Params, AdamState]:
+        return mapped_lrs(params, grads, state, lrs)
+
+    optimizers, members = torch_members(params, grads)
+
+    def step_each() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    expected, _ = update(params, state)
+    assert_close(update_mapped(params, member_states)[0], expected)
+    step_each()
+    assert_close({name: torch.stack(leaves) for name, leaves in members.items()}, expected)
+
+    direct = chained(update, params, state)
+    ours = chained(update_mapped, params, member_states)
+    bench.time(f"vmap / direct, width {width}", ours, direct, Target(1.3, extra_ms=1.0))
+    bench.time(f"vmap / torch, width {width}", ours, step_each, Target(0.5))
+    ours = chained(update_mapped_lrs, params, member_states)
+    bench.time(f"vmap, own lr / direct, width {width}", ours, direct, Target(2.5))
+
+
+def torch_members(params: Params, grads: Params) -> tuple[list[torch.optim.Adam], dict[str, list[Tensor]]]:
+    """An optimizer for each member, and copies of the members' parameters, which they write into."""
+    members = {name: [x.detach().clone().requires_grad_() for x in param] for name, param in params.items()}
+    for name, leaves in members.items():
+        for leaf, grad in zip(leaves, grads[name], strict=True):
+            leaf.grad = grad.clone()
+    optimizers = [torch.optim.Adam(leaves, lr=LR, fused=True) for leaves in zip(*members.values(), strict=True)]
+    return optimizers, {name: [leaf.detach() for leaf in leaves] for name, leaves in members.items()}
+
+
+# Gradients through unrolled inner steps.
+
+
+class Inner(NamedTuple):
+    """An optimizer for inner steps."""
+
+    init: Callable[[Params], Any]
+    update: Callable[[Params, Params, Any], tuple[Params, Any]]  # params, grads, state
+
+
+def ours() -> Inner:
+    return Inner(
+        lambda params: adam_init(params, HPARAMS),
+        lambda params, grads, state: adam_update(params, grads, state, HPARAMS),
+    )
+
+
+def sgd() -> Inner:
+    """The floor: what every inner optimizer pays for the network and its gradients."""
+    return Inner(
+        lambda _: None,
+        lambda params, grads, _: ({name: param - LR * grads[name] for name, param in params.items()}, None),
+    )
+
+
+def torchopt() -> Inner | None:
+    """TorchOpt's functional Adam, if it is installed."""
+    try:
+        import torchopt
+    except ImportError:
+        return None
+    optimizer = torchopt.adam(LR)
+
+    def update(params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
+        updates, state = optimizer.update(grads, state, inplace=False)
+        return torchopt.apply_updates(params, updates, inplace=False), state
+
+    return Inner(optimizer.init, update)
+
+
+class MetaProblem:
+    """The loss of a small network after some inner steps, as a function of the weights before them."""
+
+    def __init__(self, width: int, steps: int, device: torch.device) -> None:
+        layers = [layer for _ in range(DEPTH) for layer in (torch.nn.Linear(width, width), torch.nn.Tanh())]
+        self.network = torch.nn.Sequential(*layers[:-1]).to(device)
+        self.params = {name: param.detach().requires_grad_() for name, param in self.network.named_parameters()}
+        self.inputs, self.wanted = torch.randn(2, BATCH, width, device=device)
+        self.steps = steps
+
+    def loss(self, params: Params) -> Tensor:
+        return mse_loss(functional_call(self.network, params, (self.inputs,)), self.wanted)
+
+    def meta_loss(self, inner: Inner) -> Tensor:
+        params, state = self.params, inner.init(self.params)
+        for _ in range(self.steps):
+            grads = torch.autograd.grad(self.loss(params), list(params.values()), create_graph=True)
+            params, state = inner.update(params, dict(zip(params, grads, strict=True)), state)
+        return self.loss(params)
+
+    def meta_gradient(self, inner: Inner) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.meta_loss(inner), list(self.params.values()))
+
+    def timed(self, inner: Inner) -> Code:
+        return partial(self.meta_gradient, inner)
+
+
+def compare_meta_gradients(bench: Bench, width: int, steps: int) -> None:
+    problem = MetaProblem(width, steps, bench.device)
+    inner_steps = f"{steps} steps, width {width}"
+    adam, floor, rival = ours(), sgd(), torchopt()
+    saved = partial(saved_bytes, problem)
+    if rival is None:
+        bench.skip(f"meta / TorchOpt, {inner_steps}", TORCHOPT_MISSING)
+    else:
+        check_same_direction(problem.meta_gradient(adam), problem.meta_gradient(rival))
+        bench.time(f"meta / TorchOpt, {inner_steps}", problem.timed(adam), problem.timed(rival), Target(0.7))
+        bench.count_bytes(f"saved / TorchOpt, {inner_steps}", saved(adam), saved(rival), Target(0.85))
+    bench.time(f"meta / SGD, {inner_steps}", problem.timed(adam), problem.timed(floor))
+    bench.count_bytes(f"saved / SGD, {inner_steps}", saved(adam), saved(floor))
+
+
+def check_same_direction(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+    """Raise unless both meta-gradients are the same within the rounding of many steps."""
+    a, b = (torch.cat([x.flatten() for x in gradient]).double() for gradient in (ours, other))
+    error = ((a - b).norm() / b.norm()).item()
+    if not error < 1e-2:
+        raise AssertionError(f"The meta-gradients differ by {error:.2g} of their norm: they compute different things.")
+
+
+def saved_bytes(problem: MetaProblem, inner: Inner) -> int:
+    """Bytes that the graph of the meta-loss keeps for backward, each tensor counted once however often it is saved."""
+    kept: dict[int, Tensor] = {}  # alive, so that no address is given out twice
+
+    def pack(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        problem.meta_loss(inner)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())

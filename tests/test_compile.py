@@ -1,0 +1,292 @@
+"""torch.compile, torch.export and make_fx take an update whole, once for all values, and compute what eager does."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.tolerances import assert_close, assert_equal
+
+FLAGS: dict[str, dict[str, bool]] = {
+    "adam": {},
+    "all_flags": {"amsgrad": True, "maximize": True, "decoupled_weight_decay": True},
+}
+each_flags = pytest.mark.parametrize("flags", FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def random_like(tree: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch_pytree.tree_map(lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype), tree)
+
+
+def make_tree(*, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)) -> dict[str, Any]:
+    first, second = dtypes
+    shapes = {"w": torch.empty(33, 5, dtype=first), "b": [torch.empty(7, dtype=second), torch.empty((), dtype=first)]}
+    return random_like(shapes, seed=0)
+
+
+def make_numbers(index: int = 0, **flags: bool) -> AdamHparams:
+    """Hyperparameters of 0-dim tensors, others for each `index`."""
+    values = (0.1 / (index + 1), 0.9 - 0.1 * index, 0.99 - 0.05 * index, 1e-8 * 10**index, 0.01 * index)
+    lr, beta1, beta2, eps, weight_decay = (torch.tensor(value, dtype=torch.float64) for value in values)
+    return AdamHparams(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, **flags)
+
+
+def cloned(tree: Any) -> Any:
+    return torch_pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+
+
+class Network(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.nn.Linear(3, 5)
+        self.out = torch.nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x).tanh())
+
+
+def make_training() -> tuple[dict[str, Tensor], Callable[..., Any], list[tuple[Tensor, Tensor]]]:
+    """Parameters, a train step that takes its hyperparameters as an argument, and data for each of its calls."""
+    network = Network()
+    params = random_like({name: p.detach() for name, p in network.named_parameters()}, seed=0)
+
+    def train_step(params: Any, state: AdamState, hparams: AdamHparams, x: Tensor, y: Tensor) -> Any:
+        grads = grad(lambda p: ((functional_call(network, p, (x,)) - y) ** 2).mean())(params)
+        return adam_update(params, grads, state, hparams)
+
+    shapes = torch.empty(8, 3), torch.empty(8, 1)
+    return params, train_step, [random_like(shapes, seed) for seed in range(1, 6)]
+
+
+# torch.compile.
+
+
+@each_flags
+def test_an_update_compiled_by_inductor_equals_eager_and_changes_no_input(flags: str) -> None:
+    compiled = torch.compile(adam_update, fullgraph=True)
+    hparams = make_numbers(**FLAGS[flags])
+    params = make_tree()
+    state = adam_init(params, hparams)
+    for seed in (1, 2, 3):
+        grads = random_like(params, seed)
+        given = params, grads, state, hparams
+        before = cloned(given)
+        got = compiled(*given)
+        assert_equal(given, before)
+        assert_close(got, adam_update(*given))
+        params, state = got
+
+
+def test_half_types_compiled_by_inductor_differ_from_eager_by_a_rounding() -> None:
+    hparams = AdamHparams(lr=0.1, weight_decay=0.1)
+    params = make_tree(dtypes=(torch.bfloat16, torch.float16))
+    params["b"].append(torch.zeros(3, dtype=torch.float16))
+    state = adam_init(params, hparams)
+    grads = random_like(params, 1)
+    grads["b"][-1].zero_()  # in float16 eps alone would be 0
+    got = torch.compile(adam_update, fullgraph=True)(params, grads, state, hparams)
+    assert_close(got, adam_update(params, grads, state, hparams))
+    assert torch.equal(got[0]["b"][-1], params["b"][-1])
+
+
+@each_flags
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_a_compiled_update_with_every_option_equals_eager(flags: str, per_leaf_step: bool, dtype: torch.dtype) -> None:
+    compiled = torch.compile(adam_update, fullgraph=True, backend="aot_eager")
+    hparams = AdamHparams(lr=0.1, weight_decay=0.1, **FLAGS[flags])
+    params = make_tree(dtypes=(dtype, torch.float32))
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    for seed, found_inf in ((1, 0.0), (2, float("nan")), (3, 1.0), (4, 0.0)):
+        grads = random_like(params, seed)
+        grads["b"][0] = None if per_leaf_step else grads["b"][0]
+        options = {"found_inf": torch.tensor(found_inf), "grad_scale": torch.tensor(float(2**seed))}
+        got = compiled(params, grads, state, hparams, **options)
+        assert_close(got, adam_update(params, grads, state, hparams, **options))
+        assert_equal(got, (params, state)) if found_inf else None
+        params, state = got
+    assert torch_pytree.tree_leaves(state.step)[0] == 2.0
+
+
+def test_a_train_step_compiled_by_inductor_equals_eager() -> None:
+    params, train_step, batches = make_training()
+    compiled = torch.compile(train_step, fullgraph=True)
+    hparams = make_numbers(1)
+    got = expected = (params, adam_init(params, hparams))
+    for batch in batches:
+        got, expected = compiled(*got, hparams, *batch), train_step(*expected, hparams, *batch)
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_ensemble_with_own_hyperparameters_equals_eager(backend: str) -> None:
+    params, train_step, batches = make_training()
+    members = torch_pytree.tree_map(lambda x: torch.stack([x, x + 0.1, x - 0.1]), params)
+    hparams = torch_pytree.tree_map(lambda *xs: torch.stack(xs), *map(make_numbers, range(3)))
+
+    def train_all(params: Any, state: AdamState, hparams: AdamHparams, x: Tensor, y: Tensor) -> Any:
+        return vmap(train_step, in_dims=(0, 0, 0, None, None))(params, state, hparams, x, y)
+
+    compiled = torch.compile(train_all, fullgraph=True, backend=backend)
+    state = vmap(lambda p: adam_init(p, AdamHparams()))(members)
+    got = expected = (members, state)
+    for batch in batches[:3]:
+        got, expected = compiled(*got, hparams, *batch), train_all(*expected, hparams, *batch)
+        assert_close(got, expected)
+    assert got[1].step.tolist() == [3.0] * 3
+
+
+@each_flags
+def test_one_compilation_serves_every_value(flags: str) -> None:
+    params, train_step, batches = make_training()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(train_step, fullgraph=True, backend=counter)
+    got = expected = (params, adam_init(params, AdamHparams(**FLAGS[flags])))
+    for index, batch in enumerate(batches):
+        hparams = make_numbers(index, **FLAGS[flags])
+        got, expected = compiled(*got, hparams, *batch), train_step(*expected, hparams, *batch)
+        assert_close(got, expected)
+    # Another step, loaded and not counted up to.
+    got = (got[0], got[1]._replace(step=torch.tensor(1000.0)))
+    assert_close(compiled(*got, hparams, *batch), train_step(*got, hparams, *batch))
+    assert counter.frame_count == 1
+
+
+def test_one_dynamic_compilation_serves_every_size() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(adam_update, fullgraph=True, backend=counter, dynamic=True)
+    hparams = make_numbers()
+    for size in (5, 8, 13):
+        params = {"w": torch.linspace(-1, 1, size), "b": torch.linspace(0, 1, size * 3).reshape(size, 3)}
+        given = params, random_like(params, size), adam_init(params, hparams), hparams
+        assert_close(compiled(*given), adam_update(*given))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_derivatives_of_a_compiled_run_equal_those_of_eager(backend: str) -> None:
+    # The first gradient is 0 in one place, so that its moments vanish there.
+    start = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+    lr, beta2 = torch.tensor(0.1, requires_grad=True), torch.tensor(0.9, requires_grad=True)
+
+    def final_loss(start: Tensor, lr: Tensor, beta2: Tensor) -> Tensor:
+        hparams = AdamHparams(lr=lr, betas=(0.8, beta2), eps=1e-3)
+        params, state = start, adam_init(start, hparams)
+        for _ in range(3):
+            params, state = adam_update(params, 2 * params, state, hparams)
+        return (params**2).sum()
+
+    compiled = torch.compile(final_loss, fullgraph=True, backend=backend)
+    got, expected = (torch.autograd.grad(f(start, lr, beta2), (start, lr, beta2)) for f in (compiled, final_loss))
+    assert all(x.abs().max() > 0 for x in expected)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_a_donation_compiled_by_inductor_stores_into_the_given_buffers(per_leaf_step: bool) -> None:
+    hparams = make_numbers(1, amsgrad=True)
+
+    @torch.compile(fullgraph=True)
+    def run(params: Any, grads: Any, state: AdamState) -> Any:
+        return adam_update(params, grads, state, hparams, donate=True)
+
+    params = make_tree()
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    pure = cloned((params, state))
+    pointers = [x.data_ptr() for x in torch_pytree.tree_leaves((params, state))]
+    for seed in (1, 2, 3):
+        grads = random_like(params, seed)
+        before, given = cloned(grads), (params, state)
+        pure = adam_update(pure[0], grads, pure[1], hparams)
+        params, state = run(params, grads, state)
+        assert_close((params, state), pure)
+        assert_equal(given, (params, state))
+        assert_equal(grads, before)
+        assert [x.data_ptr() for x in torch_pytree.tree_leaves((params, state))] == pointers
+    assert len(set(pointers)) == len(pointers)
+
+
+# torch.export and make_fx.
+
+
+class Update(torch.nn.Module):
+    """An update as a module, which torch.export wants."""
+
+    def __init__(self, **flags: bool) -> None:
+        super().__init__()
+        self.flags = flags
+
+    def forward(self, params: Any, grads: Any, state: dict[str, Any], numbers: dict[str, Tensor]) -> Any:
+        lr, beta1, beta2 = (numbers[name] for name in ("lr", "beta1", "beta2"))
+        hparams = AdamHparams(lr=lr, betas=(beta1, beta2), weight_decay=0.1, **self.flags)
+        params, new_state = adam_update(params, grads, AdamState(**state), hparams)
+        return params, {name: getattr(new_state, name) for name in state}
+
+
+@each_flags
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_update_equals_eager_for_other_values(flags: str, strict: bool) -> None:
+    module, hparams = Update(**FLAGS[flags]), AdamHparams(**FLAGS[flags])
+    params = make_tree()
+    names = [name for name in AdamState._fields if name != "master_params"]
+    initial = adam_init(params, hparams)
+    state = {name: getattr(initial, name) for name in names if name != "max_exp_avg_sq" or hparams.amsgrad}
+    numbers = {"lr": torch.tensor(0.1), "beta1": torch.tensor(0.9), "beta2": torch.tensor(0.99)}
+    exported = torch.export.export(module, (params, random_like(params, 1), state, numbers), strict=strict).module()
+    for seed in (1, 2, 3):
+        numbers = {name: number * 0.9 for name, number in numbers.items()}
+        given = params, random_like(params, seed), state, numbers
+        before = cloned(given)
+        got = exported(*given)
+        assert_equal(given, before)
+        assert_close(got, module(*given))
+        params, state = got
+    assert state["step"] == 3.0
+
+
+def test_an_exported_train_step_equals_eager_for_other_values() -> None:
+    params, train_step, batches = make_training()
+
+    class TrainStep(torch.nn.Module):
+        def forward(self, params: Any, moments: Any, step: Tensor, lr: Tensor, x: Tensor, y: Tensor) -> Any:
+            params, state = train_step(params, AdamState(step, *moments), AdamHparams(lr=lr), x, y)
+            return params, (state.exp_avg, state.exp_avg_sq), state.step
+
+    state = adam_init(params, AdamHparams())
+    given = params, (state.exp_avg, state.exp_avg_sq), state.step
+    exported = torch.export.export(TrainStep(), (*given, torch.tensor(0.1), *batches[0])).module()
+    for index, batch in enumerate(batches):
+        lr = torch.tensor(0.1 / (index + 1))
+        expected = TrainStep()(*given, lr, *batch)
+        assert_close(exported(*given, lr, *batch), expected)
+        given = expected
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_traced_train_step_serves_other_values(mode: str) -> None:
+    params, train_step, batches = make_training()
+    hparams = make_numbers(amsgrad=True)
+    state = adam_init(params, hparams)
+    graph = make_fx(train_step, tracing_mode=mode)(params, state, hparams, *batches[0])
+    for index, batch in enumerate(batches):
+        given = params, state._replace(step=torch.tensor(10.0 * index)), make_numbers(index, amsgrad=True), *batch
+        before = cloned(given)
+        expected = train_step(*given)
+        assert_close(graph(*given), expected)
+        assert_equal(given, before)
+        params, state = expected
