@@ -102,7 +102,7 @@ def run_kernel(
             _run_fused(batch, here, scale, found)
         else:
             if scale is not None:
-                batch = batch._replace(grads=[grad / scale for grad in batch.grads])
+                batch = batch._replace(grads=[(grad / scale).to(grad.dtype) for grad in batch.grads])
             (_run_single if kernel == "single" else _run_foreach)(batch, here)
         for buffer, copy in batch.copies:
             buffer.copy_(copy if found is None or kernel == "fused" else torch.where(found, buffer, copy))

@@ -17,11 +17,11 @@ _functorch: Any = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
 _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
-# Without these: everything is wrapped and nothing can be unwrapped, and there may be any number of levels.
+# Without these: everything is wrapped and nothing can be unwrapped, and forward mode may be nested wherever it may be.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
-_unwrap: Callable[[Tensor], Tensor] = getattr(_functorch, "get_unwrapped", lambda tensor: tensor)
-_interpreter_stack: Callable[[], Any] = getattr(_functorch, "get_interpreter_stack", lambda: None)
+_unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
+_interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
 
 def is_tracing() -> bool:
@@ -55,7 +55,7 @@ def is_host_memory(tensor: Tensor) -> bool:
 def is_constant(tensor: Tensor) -> bool:
     """Whether nobody differentiates with respect to `tensor` or maps over it, at any level."""
     while _is_wrapped(tensor):
-        if not _is_grad_wrapper(tensor) or tensor.requires_grad or _has_tangent(tensor):
+        if _unwrap is None or not _is_grad_wrapper(tensor) or tensor.requires_grad or _has_tangent(tensor):
             return False
         tensor = _unwrap(tensor)
     return not tensor.requires_grad and not _has_tangent(tensor)
@@ -73,8 +73,9 @@ def is_fake(tensor: Tensor) -> bool:
 
 def forward_levels() -> int:
     """How many levels of forward-mode differentiation are open."""
-    stack: Any = _interpreter_stack() or ()
-    jvp_levels = sum(interpreter.key().name == "Jvp" for interpreter in stack)
+    if _interpreter_stack is None:
+        return 2 if is_transformed() else 0
+    jvp_levels = sum(interpreter.key().name == "Jvp" for interpreter in _interpreter_stack() or ())
     return jvp_levels or int(getattr(forward_ad, "_current_level", 0) >= 0)
 
 

@@ -1,5 +1,7 @@
 """Autograd, torch.func, forward-mode duals and tracers see an update as an ordinary differentiable function."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -929,3 +931,42 @@ def test_a_traced_donation_writes_into_the_given_buffers() -> None:
     assert_close(got, expected, rtol=1e-6, atol=1e-7)
     assert_close((params, state), expected, rtol=1e-6, atol=1e-7)
     assert [x.data_ptr() for x in tensors_of(got)] == pointers
+
+
+PRIVATE_NAMES = (
+    "_are_functorch_transforms_active",
+    "_functorch.get_interpreter_stack",
+    "_functorch.get_unwrapped",
+    "_functorch.is_functorch_wrapped_tensor",
+    "_functorch.is_gradtrackingtensor",
+)
+
+
+@pytest.mark.parametrize("name", PRIVATE_NAMES)
+def test_a_torch_without_a_private_name_costs_speed_and_no_derivative(name: str) -> None:
+    """Hide the name before the package is imported, and compare a second derivative and a map with finite values."""
+    owner, _, attribute = ("torch._C." + name).rpartition(".")
+    code = f"""
+import torch
+from torch.func import grad, jacfwd, vmap
+import torch._functorch.autograd_function, torch._functorch.eager_transforms, torch._functorch.vmap
+hidden = {owner}.{attribute}
+del {owner}.{attribute}
+import functional_adam.update
+{owner}.{attribute} = hidden
+from functional_adam import AdamHparams, adam_init, adam_update
+p = torch.tensor([1.0, -2.0], dtype=torch.float64)
+
+def f(lr, g=p):
+    return adam_update(p, g, adam_init(p, AdamHparams()), AdamHparams(lr=lr))[0].pow(2).sum()
+
+lr, rates = torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+# p' = p - lr * sign(p) but for eps, so that the second derivative is 2 for each element.
+assert abs(jacfwd(jacfwd(f))(lr).item() - 4) < 1e-6
+assert abs(grad(grad(f))(lr).item() - 4) < 1e-6
+assert torch.allclose(vmap(f)(rates), torch.stack([f(x) for x in rates]))
+total = grad(lambda scale: vmap(lambda g: f(0.1, g))(scale * torch.ones(3, 2, dtype=torch.float64)).sum())(lr)
+assert total.isfinite()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
