@@ -170,7 +170,8 @@ def plain_leaf_vjp(
     scaled = p / denominator
     m = torch.sub(m, scaled, alpha=step_size * root_correction)
     root.masked_fill_(root == 0, math.inf)
-    of_v = new_m.mul_(scaled).div_(denominator.mul_(root))
+    # Cotangents may be batched (is_grads_batched): nothing that has none of them is written with them.
+    of_v = (new_m * scaled).div_(denominator.mul_(root))
     v = torch.add(v, of_v, alpha=0.5 * step_size * root_correction)
     of_g = (m * (1 - beta1)).addcmul_(v, g, value=2 * (1 - beta2))
     p = p if decay == 1 else p * decay
