@@ -12,7 +12,7 @@ tangents (forward mode) are derivatives of that name along the given direction.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
@@ -154,9 +154,16 @@ def leaf_vjp(
 
 
 def plain_leaf_vjp(
-    leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], cotangents: Leaf, h: Scalars, local: Local
-) -> Leaf:
-    """`leaf_vjp` for the usual case, in half its operations: numbers only, no amsgrad, and nobody differentiates on."""
+    leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor],
+    cotangents: Leaf,
+    h: Scalars,
+    local: Local,
+    out: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`leaf_vjp` for the usual case, in half its operations: numbers only, no amsgrad, and nobody differentiates on.
+
+    The cotangents are those of (p, m, v, g); the last three are written to `out` where it has tensors.
+    """
     p_in, m_in, v_in, _, g = leaf
     p, m, v, _, _ = cotangents
     decay, weight_decay, beta1, beta2, eps, step_size, root_correction = cast("tuple[float, ...]", local)
@@ -170,13 +177,14 @@ def plain_leaf_vjp(
     scaled = p / denominator
     m = torch.sub(m, scaled, alpha=step_size * root_correction)
     root.masked_fill_(root == 0, math.inf)
-    # Cotangents may be batched (is_grads_batched): nothing that has none of them is written with them.
-    of_v = (new_m * scaled).div_(denominator.mul_(root))
+    of_v = new_m.mul_(scaled).div_(denominator.mul_(root))
     v = torch.add(v, of_v, alpha=0.5 * step_size * root_correction)
-    of_g = (m * (1 - beta1)).addcmul_(v, g, value=2 * (1 - beta2))
+    out_m, out_v, out_g = out
+    of_g = torch.mul(m, 1 - beta1, out=out_g).addcmul_(v, g, value=2 * (1 - beta2))
     p = p if decay == 1 else p * decay
     p = p.add(of_g, alpha=weight_decay) if weight_decay else p
-    return p, m.mul_(beta1), v.mul_(beta2), None, of_g.neg_() if h.maximize else of_g
+    of_g = of_g.neg_() if h.maximize else of_g
+    return p, torch.mul(m, beta1, out=out_m), torch.mul(v, beta2, out=out_v), of_g
 
 
 def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -90,7 +90,7 @@ def sqrt(v: Tensor) -> Tensor:
 
 def compute_dtype(*buffers: Tensor | None) -> torch.dtype:
     """The widest dtype among a parameter and its moments, which gradients are cast to."""
-    return reduce(torch.promote_types, (buffer.dtype for buffer in buffers if buffer is not None))
+    return reduce(torch.promote_types, {buffer.dtype for buffer in buffers if buffer is not None})
 
 
 def as_real(x: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, 
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
-from functional_adam.tracking import is_constant, is_host_value, is_transformed
+from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
 
 # Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
 # operations, and large ones are cut, so that intermediate values stay in the cache.
-_PIECE = 2**16
+_PIECE = 2**17
 
+_Parts: TypeAlias = list[list[list[Tensor]]]
+"""The parts of each leaf, column by column."""
 _Piece: TypeAlias = list[tuple[int, int, int]]
 """Slices (leaf, start, stop) of flattened leaves."""
 
@@ -97,20 +99,22 @@ class _Update(torch.autograd.Function):
         wanted, reached = _wanted(ctx)
         incoming = unpack_buffers(spec, cotangents)
 
-        is_plain = not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed())
         columns, incoming_columns = _flattened((*buffers, grads)), _flattened(incoming)
-        outgoing: list[list[list[Tensor]]] = [[[] for _ in grads] for _ in range(5)]
+        if not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed()):
+            local = [local_scalars(h, _value(step) + 1) for step in steps]
+            if not any(isinstance(x, Tensor) for x in local[0]) and not any(map(is_batched_by_engine, cotangents)):
+                outgoing = _plain_vjp(columns, incoming_columns, h, local)
+                return (None, *_put_together(outgoing, grads), *[None] * (5 + len(steps)))
+
+        outgoing: _Parts = [[[] for _ in grads] for _ in range(5)]
         of_numbers: list[Any] = [None] * 5
         of_steps: list[Any] = [None] * len(steps)
         for piece in _pieces(grads, is_step_shared=len(steps) == 1):
             k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
-            leaf, cots, local = _join(piece, columns), _join(piece, incoming_columns), local_scalars(h, t)
-            if is_plain and not any(isinstance(x, Tensor) for x in local):
-                leaf_cotangents = plain_leaf_vjp(leaf, cots, h, local)
-                scalar_cotangents: dict[str, Tensor] = {}
-            else:
-                leaf_cotangents, scalar_cotangents = leaf_vjp(point_at(leaf, h, local), cots, reached, leaf[0])
+            leaf = _join(piece, columns)
+            point = point_at(leaf, h, local_scalars(h, t))
+            leaf_cotangents, scalar_cotangents = leaf_vjp(point, _join(piece, incoming_columns), reached, leaf[0])
             for column, value in zip(outgoing, leaf_cotangents, strict=True):
                 _split(piece, value, column)
             if wanted:
@@ -178,6 +182,32 @@ class _Advance(torch.autograd.Function):
 
 
 _advance: Any = getattr(_Advance, "apply")  # noqa: B009
+
+
+def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, local: list[Local]) -> _Parts:
+    """The cotangents of (p, m, v, g) where `plain_leaf_vjp` can give them."""
+    grads = columns[-1]
+    outgoing: _Parts = [[[] for _ in grads] for _ in range(4)]
+    is_decayed = local[0].decay != 1 or local[0].weight_decay != 0
+    if not is_decayed:
+        outgoing[0] = [[cotangent] for cotangent in incoming[0]]
+    for piece in _pieces(grads, is_step_shared=len(local) == 1):
+        index, start, stop = piece[0]
+        is_cut = len(piece) == 1 and stop - start < grads[index].numel()
+        if is_cut and start == 0:
+            # What a large leaf is cut into is written to its place at once.
+            wide = torch.promote_types(grads[index].dtype, torch.float32)
+            for column in outgoing if is_decayed else outgoing[1:]:
+                column[index].append(torch.empty_like(incoming[0][index], dtype=wide))
+        places = [column[index][0][start:stop] if is_cut else None for column in outgoing]
+        at_step = local[0 if len(local) == 1 else index]
+        values = plain_leaf_vjp(_join(piece, columns), _join(piece, incoming), h, at_step, places[1:])
+        if is_cut and is_decayed:
+            outgoing[0][index][0][start:stop] = values[0]
+        elif not is_cut:
+            for column, value in zip(outgoing if is_decayed else outgoing[1:], values[not is_decayed :], strict=True):
+                _split(piece, value, column)
+    return outgoing
 
 
 def _wanted(ctx: Any) -> tuple[list[str], set[str]]:

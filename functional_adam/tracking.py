@@ -20,6 +20,7 @@ _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ()
 # Without these: everything is wrapped and nothing can be unwrapped, and forward mode may be nested wherever it may be.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
+_is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: True)
 _unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
 _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
@@ -64,6 +65,11 @@ def is_constant(tensor: Tensor) -> bool:
 def is_readable(tensor: Tensor) -> bool:
     """Whether the value can be read now, for free, and without hiding it from anybody who watches."""
     return is_host_value(tensor) and not is_transformed() and not requires_grad((tensor,))
+
+
+def is_batched_by_engine(tensor: Tensor) -> bool:
+    """Whether `tensor` is a cotangent of `torch.autograd.grad(..., is_grads_batched=True)`, which is no transform."""
+    return _is_legacy_batched(tensor)
 
 
 def is_fake(tensor: Tensor) -> bool:

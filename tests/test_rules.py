@@ -172,7 +172,7 @@ def test_derivatives_of_complex_leaves_agree_with_finite_differences(kernel: str
 
 # Large leaves are cut and small ones joined; neither may be seen.
 
-CUT = 2**16
+CUT = 2**17
 SIZES = ((5,), (CUT,), (CUT + 1,), (), (0,), (3, CUT // 2), (2 * CUT + 3,), (2, 3))
 
 
