@@ -6,11 +6,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import update_leaf
+from functional_adam.equations import precise, update_leaf
+from functional_adam.hparams import Scalar
 from functional_adam.kernels import run_kernel
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Spec, run, unpack
 from functional_adam.tracking import is_constant, is_host_value, is_transformed, requires_grad
+
+# Half types are rounded once by a kernel; a direction of theirs would be rounded before.
+_PRECISE = (torch.float32, torch.float64)
 
 
 def run_batched(
@@ -29,9 +33,13 @@ def run_batched(
         arguments = (*stacked, *(x for _, x in shared))
         return (apply(spec, *arguments) if is_tracked else run(spec, arguments)), out_dims
     scalars = [x if dim is None else x.movedim(dim, 0) for x, dim in rest]
-    by_members = not is_tracked and all(is_host_value(x) for x in scalars if isinstance(x, Tensor))
-    run_apart = _run_members if by_members else _run_broadcast
-    return tuple(run_apart(spec, size, stacked, scalars, is_batched).flat), out_dims
+    if is_tracked or not all(is_host_value(x) for x in scalars if isinstance(x, Tensor)):
+        return tuple(_run_broadcast(spec, size, stacked, scalars, is_batched).flat), out_dims
+    if all(is_shared for is_shared, _ in (*shared[1:4], *shared[5:])) and all(x.dtype in _PRECISE for x in stacked):
+        one = [x for _, x in shared]
+        scalars = [scalars[0], *one[1:4], scalars[4], *one[5:]]
+        return tuple(_run_directions(spec, stacked, scalars).flat), out_dims
+    return tuple(_run_members(spec, size, stacked, scalars, is_batched).flat), out_dims
 
 
 def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -45,6 +53,32 @@ def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
     if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and len(set(x.tolist())) == 1)):
         return True, x.select(dim, 0)
     return False, x
+
+
+def _run_directions(spec: Spec, stacked: list[Tensor], scalars: list[Any]) -> Buffers:
+    """Members that differ in lr and weight_decay only: one call gives all directions, and each goes its own length."""
+    given = unpack(spec, [*stacked, *scalars])
+    lr, beta1, beta2, eps, weight_decay = given.numbers
+    lr, weight_decay = precise(lr), precise(weight_decay)
+    beta1, beta2, eps = (x.item() if isinstance(x, Tensor) else x for x in (beta1, beta2, eps))
+
+    def beside(x: Scalar, leaf: Tensor) -> Scalar:
+        return x.to(leaf.dtype).reshape(-1, *[1] * (leaf.dim() - 1)) if isinstance(x, Tensor) else x
+
+    params, grads = given.buffers.params, given.grads
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        if spec.decoupled_weight_decay:
+            params = [p * beside(1 - lr * weight_decay, p) for p in params]
+        else:
+            pull = -weight_decay if spec.maximize else weight_decay
+            grads = [g + p * beside(pull, p) for g, p in zip(grads, params, strict=True)]
+    zeros = [torch.zeros_like(p) for p in params]
+    new = given.buffers._replace(params=[]).map(torch.clone)._replace(params=zeros)
+    steps = spec.per_leaf([step + 1 for step in given.steps])
+    run_kernel(spec.kernel, new, grads, steps, [spec.scalars((1.0, beta1, beta2, eps, 0.0))] * spec.count)
+    # The kernel has left each direction, negative, where it was given zeros for parameters.
+    lengths = [torch.as_tensor(beside(lr, p), dtype=p.dtype, device=p.device) for p in params]
+    return new._replace(params=[torch.addcmul(*terms) for terms in zip(params, zeros, lengths, strict=True)])
 
 
 def _run_members(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]) -> Buffers:

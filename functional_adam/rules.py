@@ -11,22 +11,12 @@ import torch
 from torch import Tensor
 
 from functional_adam.batching import run_batched
-from functional_adam.derivatives import (
-    Local,
-    Numbers,
-    leaf_jvp,
-    leaf_vjp,
-    local_scalars,
-    numbers_jvp,
-    numbers_vjp,
-    plain_leaf_vjp,
-    point_at,
-    reached_by,
-)
+from functional_adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, point_at
 from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
+from functional_adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
 from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
 
 # Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
@@ -238,19 +228,20 @@ def _flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
 
 
 def _pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[_Piece]:
-    """All elements of `leaves`; leaves with steps of their own are kept apart."""
+    """All elements of `leaves`; those with steps of their own, and those that are cut, are kept apart."""
     pieces: list[_Piece] = []
     room = 0
     for index, leaf in enumerate(leaves):
         count = leaf.numel()
-        room = room if is_step_shared else 0
+        is_cut = count > _PIECE
+        room = room if is_step_shared and not is_cut else 0
         for start in range(0, max(count, 1), _PIECE):
             stop = min(count, start + _PIECE)
             if stop - start > room or not pieces:
                 pieces.append([])
                 room = _PIECE
             pieces[-1].append((index, start, stop))
-            room -= stop - start
+            room = 0 if is_cut else room - (stop - start)
     return pieces
 
 
