@@ -105,3 +105,14 @@ def test_import_registers_only_its_own_pytree_node():
         "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before])"
     )
     assert out.strip() == "['AdamHparams'] ['AdamHparams']"
+
+
+def test_the_page_shows_the_import_graph():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    shown: dict[str, set[str]] = {}
+    for line in page.split("| module | imports |")[1].splitlines():
+        if line.startswith("| `"):
+            modules, imported = line.strip("| ").split(" | ")
+            for module in modules.split(", "):
+                shown[module.strip("`")] = {name.strip("`") for name in imported.split(", ") if name.startswith("`")}
+    assert shown == {module: imported for module, imported in IMPORTS.items() if module != "__init__"}
