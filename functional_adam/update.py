@@ -189,7 +189,7 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
 def _alike(buffers: Buffers, indices: list[int]) -> list[list[int]]:
     """`indices` in groups of one device and dtype."""
     if len({x.dtype for x in buffers.flat}) == 1 == len({x.device for x in buffers.params}):
-        return [indices]
+        return [indices] if indices else []
     groups: dict[Any, list[int]] = {}
     for i, row in zip(indices, buffers.take(indices).rows(), strict=True):
         groups.setdefault((row[0].device, compute_dtype(*row)), []).append(i)
