@@ -68,7 +68,8 @@ def flatten_arguments(
     if is_step_shared and not treespec.is_leaf():
         _check_all_given(grad_leaves, treespec)
     flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
-    scalars = Scalars(*hparams.numbers(), *flags)
+    # Kernels compute in Python's floats, whatever kind of number was given.
+    scalars = Scalars(*hparams.numbers(), *flags).map(lambda x: x if isinstance(x, Tensor) else float(x))
     return Arguments(treespec, buffers, grad_leaves, steps, is_step_shared, scalars, scale, found)
 
 

@@ -166,7 +166,7 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any], step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dim = in_dims[0]
-        if step.stride(dim) != 0:
+        if step.stride(dim) != 0 or not is_constant(step):
             return advance(step), dim
         return advance(step.select(dim, 0)).expand(info.batch_size), 0
 
@@ -234,14 +234,14 @@ def _pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[_Piece]:
     for index, leaf in enumerate(leaves):
         count = leaf.numel()
         is_cut = count > _PIECE
-        room = room if is_step_shared and not is_cut else 0
+        room = room if is_step_shared and not is_cut else -1
         for start in range(0, max(count, 1), _PIECE):
             stop = min(count, start + _PIECE)
             if stop - start > room or not pieces:
                 pieces.append([])
                 room = _PIECE
             pieces[-1].append((index, start, stop))
-            room = 0 if is_cut else room - (stop - start)
+            room = -1 if is_cut else room - (stop - start)
     return pieces
 
 

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -952,3 +954,35 @@ def test_an_ensemble_is_trained_and_differentiated_as_its_members_are(kernel: st
     assert_close(vmap(grad(final_loss, argnums=(0, 1)))(stacked, lrs), expected)
     assert_close(grad(lambda p, lr: vmap(final_loss)(p, lr).sum(), argnums=(0, 1))(stacked, lrs), expected)
     assert all(math.isfinite(x) and x != 0 for x in expected[1].tolist())
+
+
+def test_a_step_that_members_share_in_memory_is_differentiated_member_by_member() -> None:
+    params, weights = torch.ones(3, 2), torch.tensor([1.0, 2.0, 3.0])
+    state = vmap(lambda p: adam_init(p, AdamHparams()))(params)
+    assert state.step.stride() == (0,)
+
+    def weighted_steps(step: Tensor) -> Tensor:
+        new = vmap(lambda p, s: adam_update(p, p, s, AdamHparams())[1].step)(params, state._replace(step=step))
+        return (new * weights).sum()
+
+    assert_equal(grad(weighted_steps)(state.step), weights)
+
+
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_an_empty_leaf_may_follow_one_that_is_cut(per_leaf_step: bool) -> None:
+    params = [torch.ones(CUT + 5, requires_grad=True), torch.ones(0, requires_grad=True)]
+    state = adam_init(params, AdamHparams(), per_leaf_step=per_leaf_step)
+    new, _ = adam_update(params, [torch.ones_like(p) for p in params], state, AdamHparams())
+    new[0].sum().backward()
+    assert_equal(params[0].grad, torch.ones(CUT + 5))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@each_kernel
+def test_any_real_number_counts_at_its_value(kernel: str, donate: bool) -> None:
+    given = AdamHparams(lr=Fraction(1, 1000), eps=Fraction(1, 1000), weight_decay=np.float32(0.1))
+    plain = AdamHparams(lr=1e-3, eps=1e-3, weight_decay=float(np.float32(0.1)))
+    param = torch.full((2,), 1e3, dtype=torch.float64)
+    expected = adam_update(param, param.clone(), adam_init(param, plain), plain, kernel=kernel)
+    state = adam_init(param, given)
+    assert_equal(adam_update(param, param.clone(), state, given, kernel=kernel, donate=donate), expected)
