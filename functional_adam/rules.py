@@ -168,7 +168,8 @@ class _Advance(torch.autograd.Function):
         dim = in_dims[0]
         if step.stride(dim) != 0 or not is_constant(step):
             return advance(step), dim
-        return advance(step.select(dim, 0)).expand(info.batch_size), 0
+        one = advance(step.select(dim, 0))
+        return one.expand(info.batch_size, *one.shape), 0
 
 
 _advance: Any = getattr(_Advance, "apply")  # noqa: B009

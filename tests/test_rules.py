@@ -986,3 +986,20 @@ def test_any_real_number_counts_at_its_value(kernel: str, donate: bool) -> None:
     expected = adam_update(param, param.clone(), adam_init(param, plain), plain, kernel=kernel)
     state = adam_init(param, given)
     assert_equal(adam_update(param, param.clone(), state, given, kernel=kernel, donate=donate), expected)
+
+
+@pytest.mark.parametrize("outer_dim", [0, 1])
+def test_states_of_nested_maps_go_on(outer_dim: int) -> None:
+    """A state made under two maps, and one made under the inner map and then shared or stacked, take several steps."""
+    params, hparams = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), AdamHparams(lr=0.1)
+    made = vmap(vmap(lambda p: adam_init(p, hparams)))(params)
+    assert made.step.stride() == (0, 0)
+    step = torch.zeros(3).expand(2, 3) if outer_dim == 0 else torch.zeros(2, 1).expand(2, 3)
+    expected = adam_init(params, hparams)
+    for state, flat in ((made, expected), (made._replace(step=step), expected)):
+        new, reference = params, params
+        for _ in range(3):
+            new, state = vmap(vmap(lambda p, s: adam_update(p, p, s, hparams)))(new, state)
+            reference, flat = adam_update(reference, reference, flat, hparams)
+        assert_close((new, state.exp_avg), (reference, flat.exp_avg))
+        assert_equal(state.step, torch.full((2, 3), 3.0))
