@@ -13,6 +13,7 @@ from functional_adam.equations import Scalars
 from functional_adam.hparams import AdamHparams, Scalar, check_hparams
 from functional_adam.leaves import Buffers, check_leaves
 from functional_adam.state import AdamState, TensorTree
+from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
 from functional_adam.trees import flatten_like, path_of
 
 
@@ -27,17 +28,10 @@ class Arguments(NamedTuple):
     scalars: Scalars
     grad_scale: Tensor | None  # float32
     found_inf: Tensor | None  # bool
-
-    @property
-    def others(self) -> list[Tensor]:
-        """Tensors that belong to no leaf."""
-        return [x for x in (*self.scalars, self.grad_scale, self.found_inf) if isinstance(x, Tensor)]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor given."""
-        grads = [grad for grad in self.grads if grad is not None]
-        return [*self.buffers.flat, *grads, *self.steps, *self.others]
+    others: list[Tensor]  # the tensors that belong to no leaf
+    tensors: list[Tensor]  # every tensor given: buffers, gradients, steps, others
+    is_whole: bool  # no gradient is None
+    traits: Traits | None
 
 
 def flatten_arguments(
@@ -61,16 +55,38 @@ def flatten_arguments(
         max_exp_avg_sqs=_flatten_maxima(state, hparams, treespec, params),
     )
     grad_leaves = flatten_like(treespec, grads, "grads", params)
-    check_leaves(buffers, grad_leaves, treespec)
     is_step_shared = isinstance(state.step, Tensor)
-    _check_steps(steps, buffers.params, is_step_shared, treespec)
-    # A bare tensor's shared step is its own.
-    if is_step_shared and not treespec.is_leaf():
-        _check_all_given(grad_leaves, treespec)
     flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
     # Kernels compute in Python's floats, whatever kind of number was given.
-    scalars = Scalars(*hparams.numbers(), *flags).map(lambda x: x if isinstance(x, Tensor) else float(x))
-    return Arguments(treespec, buffers, grad_leaves, steps, is_step_shared, scalars, scale, found)
+    lr, beta1, beta2, eps, weight_decay = (x if isinstance(x, Tensor) else float(x) for x in hparams.numbers())
+    scalars = Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
+    others = [x for x in (*scalars[:5], scale, found) if isinstance(x, Tensor)]
+    listed = list_tensors(buffers, grad_leaves, steps, others)
+    traits = recall(listed)
+    if traits is None:
+        traits = find_traits(listed, buffers, grad_leaves)
+        if traits is None:
+            check_leaves(buffers, grad_leaves, treespec)
+        _check_steps(steps, buffers.params, is_step_shared, treespec)
+        if traits is not None:
+            remember(listed, traits)
+    # A bare tensor's shared step is its own.
+    if is_step_shared and not listed.is_whole and not treespec.is_leaf():
+        _check_all_given(grad_leaves, treespec)
+    return Arguments(
+        treespec,
+        buffers,
+        grad_leaves,
+        steps,
+        is_step_shared,
+        scalars,
+        scale,
+        found,
+        others,
+        listed.tensors,
+        listed.is_whole,
+        traits,
+    )
 
 
 def _check_types(grads: Any, state: Any, hparams: Any) -> None:

@@ -1,6 +1,7 @@
 """The batching rule of an update: Adam is elementwise, so that members are just more leaves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,9 @@ def run_batched(
     apply: Callable[..., Any], size: int, dims: tuple[int | None, ...], spec: Spec, flat: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The results of `size` members and their batch dimensions. `apply` is the Function, for outer transforms."""
-    leaf_count = spec.buffer_count + spec.count
-    stacked = [_stack(x, dim, size) for x, dim in zip(flat[:leaf_count], dims, strict=False)]
-    rest = list(zip(flat[leaf_count:], dims[leaf_count:], strict=True))
+    spec = replace(spec, is_ready=False)  # stacks may lie in memory in any way
+    stacked = [_stack(x, dim, size) for x, dim in zip(flat[: spec.leaf_count], dims, strict=False)]
+    rest = list(zip(flat[spec.leaf_count :], dims[spec.leaf_count :], strict=True))
     is_batched = [dim is not None for _, dim in rest]
     out_dims = (0,) * spec.buffer_count
     is_tracked = is_transformed() or requires_grad(x for x in flat if isinstance(x, Tensor))

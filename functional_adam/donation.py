@@ -1,6 +1,7 @@
 """What makes a donation safe: memory that nobody else in the call uses, and states that notice a second use."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from functional_adam.leaves import BUFFER_NAMES, Buffers
 from functional_adam.tracking import is_fake
+from functional_adam.traits import Traits
 from functional_adam.trees import path_of
 
 
@@ -32,13 +34,34 @@ def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     return fresh
 
 
-def release(param: Tensor) -> Tensor:
-    """`param` as a result: a plain tensor outside autograd, on the same memory."""
-    return param.detach() if param.requires_grad or isinstance(param, torch.nn.Parameter) else param
+def release(params: list[Tensor]) -> list[Tensor]:
+    """`params` as results: plain tensors outside autograd, on the same memory."""
+    if torch.nn.Parameter not in {*map(type, params)} and not any(map(operator.attrgetter("requires_grad"), params)):
+        return params
+    return [x.detach() if x.requires_grad or isinstance(x, torch.nn.Parameter) else x for x in params]
+
+
+def is_surely_safe(tensors: list[Tensor], traits: Traits | None) -> bool:
+    """Whether all tensors of an update can be seen, at one look, to be writable and to share no memory."""
+    if traits is None or not traits.is_ready or traits.is_inference:
+        return False
+    # In order of address, none begins before the one before it ends.
+    starts = [*map(Tensor.data_ptr, tensors)]
+    if starts == traits.disjoint:
+        return True
+    ends = [*map(operator.add, starts, traits.nbytes)]
+    if not all(map(operator.le, sorted(ends), sorted(starts)[1:])):
+        return False
+    traits.disjoint = starts
+    return True
 
 
 def check_donation(
-    buffers: Buffers, steps: list[Tensor], grads: list[Tensor | None], others: list[Tensor], treespec: PyTreeSpec
+    buffers: Buffers,
+    steps: list[Tensor],
+    grads: list[Tensor | None],
+    others: list[Tensor],
+    treespec: PyTreeSpec,
 ) -> None:
     """Raise RuntimeError if a buffer cannot be written, or if writing it would change another tensor of the call."""
     written = [*buffers.flat, *steps]

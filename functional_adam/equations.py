@@ -23,10 +23,10 @@ class Scalars(NamedTuple):
     maximize: bool
     decoupled_weight_decay: bool
 
-    def map(self, function: Callable[[Scalar], Scalar]) -> "Scalars":
-        """`function` of each number; flags stay."""
-        numbers = map(function, (self.lr, self.beta1, self.beta2, self.eps, self.weight_decay))
-        return self._replace(**dict(zip(self._fields, numbers, strict=False)))
+    def map(self, function: Callable[[Tensor], Scalar]) -> "Scalars":
+        """`function` of each number that is a tensor."""
+        lr, beta1, beta2, eps, weight_decay = (function(x) if isinstance(x, Tensor) else x for x in self[:5])
+        return Scalars(lr, beta1, beta2, eps, weight_decay, *self[5:])
 
 
 Row: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -75,27 +75,38 @@ def run_kernel(
     *,
     grad_scale: Scalar | None = None,
     found_inf: Tensor | None = None,
+    is_ready: bool = False,
 ) -> None:
     """Update `buffers` in place; there is one of `steps` a leaf, which already counts this update, and of `scalars`.
 
     `found_inf` is a bool tensor, given only where its value cannot be read without waiting for an accelerator.
+    `is_ready`: all leaves are known to be contiguous, without lazy bits, of one real dtype, device and set of scalars.
+    Version counters may stand still.
     """
     # All temporary memory is there before the first write: running out of it changes nothing.
-    batches = [
-        _prepare(
-            _Batch(
-                buffers.take(indices), [grads[i] for i in indices], [steps[i] for i in indices], scalars[indices[0]], []
-            ),
-            dtype,
-            kernel,
-            copy_buffers=found_inf is not None and kernel != "fused",
-            copy_grads=grad_scale is not None and kernel == "fused",
-        )
-        for dtype, indices in _groups(buffers, scalars)
-    ]
+    copy_buffers, copy_grads = found_inf is not None and kernel != "fused", grad_scale is not None and kernel == "fused"
+    if is_ready and not (copy_buffers or copy_grads):
+        batches = [_Batch(buffers, grads, steps, scalars[0], [])]
+    else:
+        batches = [
+            _prepare(
+                _Batch(
+                    buffers.take(indices),
+                    [grads[i] for i in indices],
+                    [steps[i] for i in indices],
+                    scalars[indices[0]],
+                    [],
+                ),
+                dtype,
+                kernel,
+                copy_buffers=copy_buffers,
+                copy_grads=copy_grads,
+            )
+            for dtype, indices in _groups(buffers, scalars)
+        ]
     for batch in batches:
         device = batch.grads[0].device
-        here = batch.scalars.map(lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
+        here = batch.scalars.map(lambda x, device=device: x.to(device))
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
         found = None if found_inf is None else found_inf.to(device)
         if kernel == "fused":
@@ -187,8 +198,8 @@ def _run_foreach(batch: _Batch, h: Scalars) -> None:
 
 
 def _run_fused(batch: _Batch, h: Scalars, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
-    # The kernel reads `step` but does not advance it, writes unscaled gradients back (so they are copies here), and
-    # skips on exactly 1.0.
+    # The kernel reads `step` but does not advance it, writes unscaled gradients back (so they are copies here), skips
+    # on exactly 1.0, and leaves version counters alone.
     kernel = _fused_adamw_ if h.decoupled_weight_decay else _fused_adam_
     if grad_scale is not None:
         grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=batch.grads[0].device)
@@ -209,8 +220,6 @@ def _run_fused(batch: _Batch, h: Scalars, grad_scale: Scalar | None, found_inf: 
         grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
-    # It also leaves version counters alone, which would hide the write from autograd.
-    torch.autograd.graph.increment_version(batch.buffers.flat)
 
 
 def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:

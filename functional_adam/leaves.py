@@ -1,7 +1,6 @@
 """The leaves of an update as parallel lists, and what makes a tensor fit to be one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,6 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.equations import Row
-from functional_adam.tracking import is_tracing
 from functional_adam.trees import path_of
 
 DTYPES = frozenset(
@@ -28,7 +26,12 @@ class Buffers(NamedTuple):
     @property
     def flat(self) -> list[Tensor]:
         """All of them, list after list."""
-        return [x for column in self for x in column]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs]
+
+    def with_flat(self, flat: Sequence[Tensor]) -> "Buffers":
+        """As many of them, out of one list."""
+        columns = [list(flat[i : i + len(self.params)]) for i in range(0, len(flat), max(len(self.params), 1))]
+        return Buffers(*columns, *([[]] * (4 - len(columns))))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Buffers":
         """`function` of each tensor."""
@@ -57,8 +60,6 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
 
 def check_leaves(buffers: Buffers, grads: Sequence[Any], treespec: PyTreeSpec) -> None:
     """Raise unless moments, and gradients where they are not None, fit the parameters leaf by leaf."""
-    if not is_tracing() and _are_uniform(buffers, grads):
-        return
     check_params(buffers.params, treespec)
     for name, column in zip((*BUFFER_NAMES, "grads"), (*buffers, grads), strict=True):
         for index, tensor in enumerate(column):
@@ -68,23 +69,6 @@ def check_leaves(buffers: Buffers, grads: Sequence[Any], treespec: PyTreeSpec) -
             if error:
                 path, param_path = path_of(treespec, index, name), path_of(treespec, index, "params")
                 raise error(fault.format(path=path, param_path=param_path))
-
-
-def _are_uniform(buffers: Buffers, grads: Sequence[Any]) -> bool:
-    """Whether all tensors are plain, of one dtype and device, and of the shapes of their parameters."""
-    everything: list[Any] = buffers.flat + [grad for grad in grads if grad is not None]
-    if not {*map(type, everything)} <= {Tensor, torch.nn.Parameter} or any(map(attrgetter("is_nested"), everything)):
-        return False
-    dtypes = {*map(attrgetter("dtype"), everything)}
-    shapes = [*map(attrgetter("shape"), buffers.params)]
-    return (
-        len(dtypes) == 1
-        and dtypes <= DTYPES
-        and {*map(attrgetter("layout"), everything)} == {torch.strided}
-        and len({*map(attrgetter("device"), everything)}) == 1
-        and all([*map(attrgetter("shape"), column)] == shapes for column in buffers[1:] if column)
-        and all(grad is None or grad.shape == shape for grad, shape in zip(grads, shapes, strict=True))
-    )
 
 
 def _tensor_fault(tensor: Any) -> str | None:

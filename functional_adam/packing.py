@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from functional_adam.equations import Scalars
 from functional_adam.hparams import Scalar
 from functional_adam.kernels import run_kernel
 from functional_adam.leaves import Buffers
+from functional_adam.recycling import copies
 from functional_adam.tracking import is_host_value
 
 
@@ -23,11 +23,17 @@ class Spec:
     amsgrad: bool
     maximize: bool
     decoupled_weight_decay: bool
+    is_ready: bool  # as `run_kernel` means it
 
     @property
     def buffer_count(self) -> int:
         """How many buffers there are, which come first."""
         return self.count * (4 if self.amsgrad else 3)
+
+    @property
+    def leaf_count(self) -> int:
+        """How many buffers and gradients there are, before numbers and steps."""
+        return self.buffer_count + self.count
 
     def scalars(self, numbers: Iterable[Scalar]) -> Scalars:
         """The five numbers and the flags."""
@@ -67,8 +73,8 @@ def unpack_buffers(spec: Spec, flat: Sequence[Any]) -> Buffers:
 def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:
     """The kernel on copies: new buffers."""
     given = unpack(spec, flat)
-    new = given.buffers.map(torch.clone)
+    new = given.buffers.with_flat(copies(given.buffers.flat))
     steps = spec.per_leaf([step + 1 for step in given.steps])
     scalars = spec.scalars(x.item() if isinstance(x, Tensor) and is_host_value(x) else x for x in given.numbers)
-    run_kernel(spec.kernel, new, given.grads, steps, [scalars] * spec.count)
+    run_kernel(spec.kernel, new, given.grads, steps, [scalars] * spec.count, is_ready=spec.is_ready)
     return tuple(new.flat)

@@ -4,6 +4,7 @@ The forward pass runs the kernel. The derivatives are plain differentiable opera
 differentiated and mapped again: `torch.func` inside them would break saved-tensor hooks and nested forward mode.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, 
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
+from functional_adam.recycling import empty_like
 from functional_adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
 from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
 
@@ -36,22 +38,25 @@ def differentiable_update(
     steps: list[Tensor],
     scalars: Scalars,
     grad_scale: Tensor | None,
+    *,
+    is_ready: bool,
 ) -> Buffers:
-    """The buffers after one update by `kernel`, for leaves of one device and dtype.
+    """The buffers after one update by `kernel`, for leaves of one device and dtype, `is_ready` as in `run_kernel`.
 
     There is one of `steps`, which do not count this update yet, or one a leaf.
     """
     dtype = compute_dtype(*next(buffers.rows()))
-    is_ready = not dtype.is_complex and all(x.dtype is dtype for x in (*buffers.flat, *grads))
-    ready = buffers if is_ready else buffers.map(lambda x: as_real(x.to(dtype)))
-    real_grads = grads if is_ready else [as_real(grad.to(dtype)) for grad in grads]
+    is_real = is_ready or (not dtype.is_complex and all(x.dtype is dtype for x in (*buffers.flat, *grads)))
+    ready = buffers if is_real else buffers.map(lambda x: as_real(x.to(dtype)))
+    real_grads = grads if is_real else [as_real(grad.to(dtype)) for grad in grads]
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
         scale = grad_scale.to(device=grads[0].device, dtype=wide)
         real_grads = [(grad.to(wide) / scale).to(grad.dtype) for grad in real_grads]
-    spec = Spec(kernel, len(grads), scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay)
+    flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
+    spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
     new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
-    if is_ready:
+    if is_real:
         return new
     columns = zip(new, buffers, strict=True)
     return Buffers(*([as_leaf(x, old) for x, old in zip(*pair, strict=True)] for pair in columns))
@@ -70,7 +75,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, flat = inputs[0], inputs[1:]
-        numbers = unpack(spec, flat).numbers
+        numbers = flat[spec.leaf_count : spec.leaf_count + 5]
         ctx.spec = spec
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
         # Backward reads parameters only through a weight decay.
@@ -143,6 +148,8 @@ class _Update(torch.autograd.Function):
         return run_batched(_apply, info.batch_size, in_dims[1:], spec, flat)
 
 
+# torch binds arguments by the signature, and would find it out anew in every call.
+_Update.forward.__signature__ = inspect.signature(_Update.forward)
 _apply: Any = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
 
 
@@ -189,7 +196,7 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
             # What a large leaf is cut into is written to its place at once.
             wide = torch.promote_types(grads[index].dtype, torch.float32)
             for column in outgoing if is_decayed else outgoing[1:]:
-                column[index].append(torch.empty_like(incoming[0][index], dtype=wide))
+                column[index].append(empty_like(incoming[0][index], wide))
         places = [column[index][0][start:stop] if is_cut else None for column in outgoing]
         at_step = local[0 if len(local) == 1 else index]
         values = plain_leaf_vjp(_join(piece, columns), _join(piece, incoming), h, at_step, places[1:])
@@ -204,18 +211,17 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
 def _wanted(ctx: Any) -> tuple[list[str], set[str]]:
     """Which numbers need a cotangent, and which scalars of a leaf they need it from."""
     spec: Spec = ctx.spec
-    _, _, numbers, steps = unpack(spec, ctx.needs_input_grad[1:])
-    wanted = [name for name, needed in zip(Numbers._fields, (*numbers, any(steps)), strict=True) if needed]
+    scalars = ctx.needs_input_grad[1 + spec.leaf_count :]
+    wanted = [name for name, needed in zip(Numbers._fields, (*scalars[:5], any(scalars[5:])), strict=True) if needed]
     return wanted, {x for name in wanted for x in reached_by(name, decoupled=spec.decoupled_weight_decay)}
 
 
 def _saved(ctx: Any) -> Parts:
     spec: Spec = ctx.spec
     flat = list(ctx.saved_tensors)
-    start = spec.buffer_count + spec.count
-    for index, number in enumerate(ctx.numbers):
+    for index, number in enumerate(ctx.numbers, spec.leaf_count):
         if number is not None:
-            flat[start + index] = number
+            flat[index] = number
     return unpack(spec, flat)
 
 
@@ -263,17 +269,18 @@ def _join(piece: _Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, 
 def _split(piece: _Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
     """Append the parts of `value` to those of their leaves."""
     if value is not None:
-        parts = [value] if len(piece) == 1 else torch.split(value, [stop - start for _, start, stop in piece])
+        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop - start for _, start, stop in piece])
         for (index, _, _), part in zip(piece, parts, strict=True):
             column[index].append(part)
 
 
 def _put_together(columns: list[list[list[Tensor]]], like: list[Tensor]) -> Iterator[Tensor]:
-    """Leaves in the shape and dtype of `like` from their parts, column after column."""
+    """Leaves in the shapes and the one dtype of `like` from their parts, column after column."""
+    dtype, shapes = like[0].dtype, [x.shape for x in like]
     for column in columns:
-        for parts, leaf in zip(column, like, strict=True):
-            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(leaf.shape)
-            yield whole if whole.dtype is leaf.dtype else whole.to(leaf.dtype)
+        for parts, shape in zip(column, shapes, strict=True):
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+            yield whole if whole.dtype is dtype else whole.to(dtype)
 
 
 def _plus(x: Any, y: Any) -> Any:

@@ -1,16 +1,17 @@
 """adam_update: check everything, choose what computes, and put the trees together again."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
-from functional_adam.donation import check_donation, release, replace_steps_
+from functional_adam.donation import check_donation, is_surely_safe, release, replace_steps_
 from functional_adam.equations import compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
 from functional_adam.leaves import Buffers
+from functional_adam.recycling import LARGE, copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
@@ -83,18 +84,18 @@ def adam_update(
     check_kernel_name(kernel)
     watched_by = _watcher(given)
     if donate:
-        if watched_by not in (None, _TRACER) or requires_grad(given.tensors):
+        if watched_by not in (None, _TRACER) or _requires_grad(given):
             raise RuntimeError(
                 f"Cannot donate: the update is watched by {watched_by}, which would miss the old values. "
                 "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
             )
-        if watched_by is None:
+        if watched_by is None and not is_surely_safe(given.tensors, given.traits):
             check_donation(given.buffers, given.steps, given.grads, given.others, given.treespec)
     if watched_by is None:
         buffers, steps = _run_kernel(given, kernel, donate=donate)
     else:
         # torch has a silent zero for forward over forward mode through any autograd.Function.
-        by_equations = watched_by == _TRACER or forward_levels() > 1
+        by_equations = watched_by == _TRACER or (watched_by == _TRANSFORM and forward_levels() > 1)
         buffers, steps = _run_watched(given, kernel, by_equations=by_equations)
         if donate:
             for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
@@ -110,6 +111,7 @@ def adam_update(
 
 
 _TRACER = "a compiler or tracer"
+_TRANSFORM = "a torch.func transform or a forward-mode dual level"
 
 
 def _watcher(given: Arguments) -> str | None:
@@ -117,33 +119,48 @@ def _watcher(given: Arguments) -> str | None:
     if is_tracing():
         return _TRACER
     if is_transformed():
-        return "a torch.func transform or a forward-mode dual level"
-    if requires_grad(given.tensors):
+        return _TRANSFORM
+    if _requires_grad(given):
         return "autograd (an input requires grad and grad mode is on)"
     return None
 
 
+def _requires_grad(given: Arguments) -> bool:
+    if given.traits is None:
+        return requires_grad(given.tensors)
+    return given.traits.requires_grad and torch.is_grad_enabled()
+
+
 def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
     """In place, on the buffers if they are donated, else on copies."""
-    old, stays = given.buffers, _read(given.found_inf)
+    old, stays, traits = given.buffers, _read(given.found_inf), given.traits
     scalars = given.scalars.map(_read)
-    chosen = select_kernel(kernel, {param.device for param in old.params}, scalars)
-    new = old if donate else old.map(torch.clone)
+    is_ready = traits is not None and traits.is_ready
+    chosen = select_kernel(kernel, {traits.device} if traits else {param.device for param in old.params}, scalars)
+    are_small = traits is not None and max(traits.nbytes) < LARGE
+    new = old if donate else old.with_flat(copies(old.flat, are_small=are_small))
     steps = _next_steps(given, [step + 1 for step in given.steps], stays)
-    grads = {index: grad for index, grad in enumerate(given.grads) if grad is not None}
+    leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
+    moving, grads = new, cast("list[Tensor]", given.grads)
+    if not given.is_whole:
+        indices = [index for index, grad in enumerate(given.grads) if grad is not None]
+        moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
     if stays is not True and grads:
         run_kernel(
             chosen,
-            new if len(grads) == len(given.grads) else new.take([*grads]),
-            [*grads.values()],
-            [steps[0 if given.is_step_shared else index] for index in grads],
+            moving,
+            grads,
+            leaf_steps,
             [scalars] * len(grads),
             grad_scale=_read(given.grad_scale),
             found_inf=stays if isinstance(stays, Tensor) else None,
+            is_ready=is_ready,
         )
     if donate:
+        # Or autograd would not notice what the fused kernel has written.
+        torch.autograd.graph.increment_version(new.flat)
         steps = replace_steps_(given.steps, steps)
-        new = new._replace(params=[release(param) for param in new.params])
+        new = new._replace(params=release(new.params))
     return new, steps
 
 
@@ -165,6 +182,12 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
     else:
         chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, given.scalars)
         steps = [advance(step) for step in given.steps]
+        if given.traits is not None and given.is_whole and stays is None:
+            every, is_ready = [*grads.values()], given.traits.is_ready
+            new = differentiable_update(
+                chosen, given.buffers, every, given.steps, given.scalars, given.grad_scale, is_ready=is_ready
+            )
+            return new, steps
         for indices in _alike(given.buffers, [*grads]):
             leaves = given.buffers.take(indices)
             new = differentiable_update(
@@ -174,6 +197,7 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
                 given.steps if given.is_step_shared else [given.steps[i] for i in indices],
                 given.scalars,
                 given.grad_scale,
+                is_ready=False,
             )
             for i, row in zip(indices, new.rows(), strict=True):
                 rows[i] = row
@@ -198,6 +222,8 @@ def _alike(buffers: Buffers, indices: list[int]) -> list[list[int]]:
 
 def _next_steps(given: Arguments, advanced: list[Tensor], stays: Tensor | bool | None) -> list[Tensor]:
     """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
+    if given.is_whole and stays is None:
+        return advanced
     # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
     grads = given.grads[:1] or [None] if given.is_step_shared else given.grads
     is_counted = [grad is not None or not given.grads for grad in grads]

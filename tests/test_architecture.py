@@ -20,22 +20,32 @@ IMPORTS = {
     "equations": {"hparams", "layouts"},
     "scalars": {"equations", "hparams"},
     "derivatives": {"equations", "hparams", "scalars"},
-    "leaves": {"equations", "tracking", "trees"},
+    "leaves": {"equations", "trees"},
     "state": {"hparams", "leaves", "trees"},
-    "donation": {"leaves", "tracking", "trees"},
+    "recycling": {"layouts"},
+    "traits": {"leaves", "tracking"},
+    "donation": {"leaves", "tracking", "traits", "trees"},
     "kernels": {"equations", "hparams", "layouts", "leaves", "tracking"},
-    "arguments": {"donation", "equations", "hparams", "leaves", "state", "trees"},
-    "packing": {"equations", "hparams", "kernels", "leaves", "tracking"},
+    "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
+    "packing": {"equations", "hparams", "kernels", "leaves", "recycling", "tracking"},
     "batching": {"equations", "hparams", "kernels", "leaves", "packing", "tracking"},
-    "rules": {"batching", "derivatives", "equations", "hparams", "leaves", "packing", "scalars", "tracking"},
-    "update": {"arguments", "donation", "equations", "hparams", "kernels", "leaves", "rules", "state", "tracking"},
+    "rules": {"batching", "derivatives", "equations", "hparams", "leaves", "packing", "recycling", "scalars", "tracking"},
+    "update": {
+        *("arguments", "donation", "equations", "hparams", "kernels", "leaves", "recycling", "rules", "state"),
+        "tracking",
+    },
     "__init__": {"hparams", "state", "update"},
 }
 
 PUBLIC_NAMES = {"AdamHparams", "AdamState", "adam_init", "adam_update"}
 
 # Private torch names by the one file that may use them.
-PRIVATE_TORCH = {"tracking": ('torch, "_C"', "_current_level"), "kernels": ("_fused_adam", "_foreach_")}
+PRIVATE_TORCH = {
+    "tracking": ('torch, "_C"', "_current_level"),
+    "traits": ("torch._C._dynamo",),
+    "kernels": ("_fused_adam", "_foreach_add"),
+    "recycling": ("_foreach_clone",),
+}
 
 
 def imports_of(module: str) -> set[str]:

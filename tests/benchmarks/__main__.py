@@ -1,10 +1,11 @@
-"""Compare the package with other ways to the same result: time, and memory kept for backward.
+"""Compare the package with other ways to the same result: time and memory.
 
 Both sides of a comparison run in turn. The ratio is the median of the ratios of such pairs, with the quartiles
 beside it; below 1 it speaks for this package. The first table compares code with itself: that much is noise.
+Peers that are not installed are left out. All suites together take some minutes and up to 8 GB of memory.
 
-Pure updates of large leaves need fresh memory, and glibc's malloc is moody: it may keep freed blocks or give them back
-to the system, which costs a factor of 2 or more when they are needed again. To pin it, set in the environment
+Large results need fresh memory, and glibc's malloc is moody: it may keep freed blocks or give them back to the system,
+which costs a factor of 2 or more when they are needed again. To pin it, set in the environment
     MALLOC_MMAP_THRESHOLD_=131072                          always give back (slow), or
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000   always keep (fast).
 """
@@ -13,32 +14,30 @@ import argparse
 import json
 import os
 import platform
+import sys
+import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from tests.benchmarks import steps, transforms
-from tests.benchmarks.measure import Bench
+from tests.benchmarks import imports, memory, noise, scaling, steps, transforms
+from tests.benchmarks.measure import CURVE_ROUNDS, Bench
+from tests.benchmarks.tables import tables
 
-SUITES = {"transforms": transforms, "steps": steps}
-
-
-def measure_noise(bench: Bench) -> None:
-    for tree, (leaves, elements) in steps.TREES.items():
-        params = list(torch.randn(leaves, elements, device=bench.device).unbind(0))
-        ours, itself = (steps.adam_step(params, params, donate=False) for _ in range(2))
-        bench.time(f"pure / itself, {tree}", ours, itself)
+SUITES = {"imports": imports, "steps": steps, "transforms": transforms, "scaling": scaling, "memory": memory}
+LOG_WIDTH = 110  # columns where no terminal says how many there are
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device) -> dict[str, str | float]:
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": platform.machine(),
         "processors": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),  # of other work, which makes two busy threads wait for each other
         "malloc": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")) or "default",
     }
 
@@ -56,11 +55,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = ["all", *SUITES]
     parser.add_argument("suites", nargs="*", choices=names, default="all", metavar="suite", help=", ".join(names))
-    parser.add_argument("--rounds", type=positive, default=31, help="pairs for each comparison (default: 31)")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=31,
+        help=f"pairs for each comparison (default: 31); curves take at most {CURVE_ROUNDS}",
+    )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu, which targets are for)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the curves of `scaling` into DIR/scaling.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
@@ -70,22 +75,32 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     described = environment(device)
-    console.print(", ".join(f"{key}: {value}" for key, value in described.items()))
+    console.print(", ".join(f"{key}: {value}" for key, value in described.items()), highlight=False)
     chosen = SUITES if "all" in arguments.suites else {name: SUITES[name] for name in arguments.suites}
-    runs = {"noise": measure_noise} | {name: suite.run for name, suite in chosen.items()}
-    results = {}
-    for name, run in runs.items():
+    bench, results = Bench(device, arguments.rounds, console), {}
+    console.print(f"copy: {bench.copy_bytes_per_ms / 1e6:.1f} GB/s, read and written", highlight=False)
+    for name, suite in {"noise": noise, **chosen}.items():
         torch.manual_seed(0)
-        bench = Bench(device, arguments.rounds, console)
-        run(bench)
-        if name in chosen:
-            console.print(f"\n{escape((chosen[name].__doc__ or '').strip())}\n", highlight=False)
-        for table in bench.tables(name):
+        bench.rows, bench.curves = [], []
+        start = time.perf_counter()
+        suite.run(bench)
+        console.print(f"\n{escape((suite.__doc__ or '').strip())}\n", highlight=False)
+        for table in tables(name, bench):
             console.print(table)
-        results[name] = [row.as_json() for row in bench.rows]
+        console.print(f"{time.perf_counter() - start:.0f} s", highlight=False)
+        results[name] = {
+            "comparisons": [row.as_json() for row in bench.rows],
+            "curves": [curve._asdict() for curve in bench.curves],
+        }
+        if arguments.plot and suite is scaling:
+            from tests.benchmarks.plot import draw  # matplotlib is needed for this alone
+
+            arguments.plot.mkdir(parents=True, exist_ok=True)
+            draw(bench.curves, arguments.plot / "scaling.png")
     if arguments.json:
+        described |= {"copy_bytes_per_ms": bench.copy_bytes_per_ms}
         document = {"environment": described, "rounds": arguments.rounds, "suites": results}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ floor that both stand on. `saved`: the memory that it keeps for backward.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +21,14 @@ from torch.nn.functional import mse_loss
 from torch.testing import assert_close
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from tests.benchmarks.measure import Bench, Code, Target, chained
-
-Params: TypeAlias = dict[str, Tensor]
+from tests.benchmarks.measure import Bench, Code, MissingPeerError, Target, chained
+from tests.benchmarks.peers import HPARAMS, LR, Params, adam_step, torchopt_adam
 
 MEMBERS = 64
 INPUTS, OUTPUTS = 64, 10
-LR = 1e-3
-HPARAMS = AdamHparams(lr=LR)
 
 DEPTH = 4
 BATCH = 32
-
-TORCHOPT_MISSING = "TorchOpt is not installed: pip install --no-deps torchopt==0.7.3 graphviz"
 
 
 def run(bench: Bench) -> None:
@@ -47,18 +42,28 @@ def run(bench: Bench) -> None:
 
 
 def compare_members(bench: Bench, width: int) -> None:
+    codes = member_steps(*make_members(width, MEMBERS, bench.device))
+    bench.time(f"vmap / direct, width {width}", codes["vmap"], codes["direct"], Target(1.3, extra_ms=1.0))
+    bench.time(f"vmap / torch, width {width}", codes["vmap"], codes["torch loop"], Target(0.5))
+    bench.time(f"vmap, own lr / direct, width {width}", codes["vmap, own lr"], codes["direct"], Target(2.5))
+
+
+def make_members(width: int, members: int, device: torch.device) -> tuple[Params, Params]:
+    """Parameters and gradients of small networks of three layers, stacked."""
     shapes = ((width, INPUTS), (width,), (width, width), (width,), (OUTPUTS, width), (OUTPUTS,))
-    make = partial(torch.randn, device=bench.device)
-    params = {str(i): make(MEMBERS, *shape) for i, shape in enumerate(shapes)}
-    grads = {name: make(param.shape) for name, param in params.items()}
-    lrs = torch.linspace(LR / MEMBERS, LR, MEMBERS, device=bench.device)
-    state = adam_init(params, HPARAMS)
+    params, grads = (
+        {str(i): torch.randn(members, *shape, device=device) for i, shape in enumerate(shapes)} for _ in range(2)
+    )
+    return params, grads
+
+
+def member_steps(params: Params, grads: Params) -> dict[str, Code]:
+    """One step of all members in several ways."""
+    members = len(params["0"])
+    lrs = torch.linspace(LR / members, LR, members, device=params["0"].device)
     member_states = vmap(lambda p: adam_init(p, HPARAMS))(params)
     mapped = vmap(lambda p, g, s: adam_update(p, g, s, HPARAMS))
     mapped_lrs = vmap(lambda p, g, s, lr: adam_update(p, g, s, AdamHparams(lr=lr)))
-
-    def update(params: Params, state: AdamState) -> tuple[Params, AdamState]:
-        return adam_update(params, grads, state, HPARAMS)
 
     def update_mapped(params: Params, state: AdamState) -> tuple[Params, AdamState]:
         return mapped(params, grads, state)
@@ -66,23 +71,23 @@ def compare_members(bench: Bench, width: int) -> None:
     def update_mapped_lrs(params: Params, state: AdamState) -> tuple[Params, AdamState]:
         return mapped_lrs(params, grads, state, lrs)
 
-    optimizers, members = torch_members(params, grads)
+    optimizers, leaves = torch_members(params, grads)
 
     def step_each() -> None:
         for optimizer in optimizers:
             optimizer.step()
 
-    expected, _ = update(params, state)
+    direct = adam_step(params, grads, donate=False)
+    expected = direct()
     assert_close(update_mapped(params, member_states)[0], expected)
     step_each()
-    assert_close({name: torch.stack(leaves) for name, leaves in members.items()}, expected)
-
-    direct = chained(update, params, state)
-    ours = chained(update_mapped, params, member_states)
-    bench.time(f"vmap / direct, width {width}", ours, direct, Target(1.3, extra_ms=1.0))
-    bench.time(f"vmap / torch, width {width}", ours, step_each, Target(0.5))
-    ours = chained(update_mapped_lrs, params, member_states)
-    bench.time(f"vmap, own lr / direct, width {width}", ours, direct, Target(2.5))
+    assert_close({name: torch.stack(rows) for name, rows in leaves.items()}, expected)
+    return {
+        "vmap": chained(update_mapped, params, member_states),
+        "vmap, own lr": chained(update_mapped_lrs, params, member_states),
+        "direct": direct,
+        "torch loop": step_each,
+    }
 
 
 def torch_members(params: Params, grads: Params) -> tuple[list[torch.optim.Adam], dict[str, list[Tensor]]]:
@@ -120,19 +125,8 @@ def sgd() -> Inner:
     )
 
 
-def torchopt() -> Inner | None:
-    """TorchOpt's functional Adam, if it is installed."""
-    try:
-        import torchopt
-    except ImportError:
-        return None
-    optimizer = torchopt.adam(LR)
-
-    def update(params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
-        updates, state = optimizer.update(grads, state, inplace=False)
-        return torchopt.apply_updates(params, updates, inplace=False), state
-
-    return Inner(optimizer.init, update)
+def torchopt() -> Inner:
+    return Inner(*torchopt_adam())
 
 
 class MetaProblem:
@@ -165,10 +159,12 @@ class MetaProblem:
 def compare_meta_gradients(bench: Bench, width: int, steps: int) -> None:
     problem = MetaProblem(width, steps, bench.device)
     inner_steps = f"{steps} steps, width {width}"
-    adam, floor, rival = ours(), sgd(), torchopt()
+    adam, floor = ours(), sgd()
     saved = partial(saved_bytes, problem)
-    if rival is None:
-        bench.skip(f"meta / TorchOpt, {inner_steps}", TORCHOPT_MISSING)
+    try:
+        rival = torchopt()
+    except MissingPeerError as missing:
+        bench.skip(f"meta / TorchOpt, {inner_steps}", missing)
     else:
         check_same_direction(problem.meta_gradient(adam), problem.meta_gradient(rival))
         bench.time(f"meta / TorchOpt, {inner_steps}", problem.timed(adam), problem.timed(rival), Target(0.7))

@@ -1,0 +1,182 @@
+"""Large results in memory that is warm: blocks whose last tensor is gone serve the next update.
+
+Fresh memory is what makes a pure step slow on the CPU: the system hands it out page by page, with a fault each, and
+glibc gives large blocks back at once. Here a block is a `bytearray`, lent to a tensor through a `memoryview`. The
+tensor's storage keeps the view alive, and so does all that shares the storage: other tensors, exports to NumPy, saved
+graphs. When the view dies, nothing can read the block any more, and it is kept for the next result of its size.
+
+At most twice as much is kept as the largest update so far has written, unless :func:`set_cache_limit` says otherwise.
+CUDA's caching allocator does the same for its device; nothing here touches it.
+"""
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_adam.layouts import is_dense
+
+__all__ = ["cached_bytes", "empty_cache", "set_cache_limit"]
+
+# In bytes. Below, malloc keeps its memory, and a block would cost more time than it saves.
+LARGE = 2**17
+_ALIGNMENT = 64  # bytes, as torch's own allocator has it
+
+# A third faster than clone by clone, where torch has it.
+_foreach_clone: Any = getattr(torch, "_foreach_clone", None)
+
+
+def empty_cache() -> None:
+    """Give all memory that is kept for the next update back to the system, as `torch.cuda.empty_cache` does.
+
+    Example:
+        >>> empty_cache()
+        >>> cached_bytes()
+        0
+    """
+    _cache.clear()
+
+
+def cached_bytes() -> int:
+    """How many bytes are kept for the next update and belong to no tensor."""
+    return _cache.kept
+
+
+def set_cache_limit(limit: int | None) -> None:
+    """Keep at most `limit` bytes, from now on; 0 turns recycling off, so that results are made by torch's allocator.
+
+    Args:
+        limit: in bytes, or None for what holds by default: twice what the largest update so far has written.
+
+    Raises:
+        ValueError: `limit` is negative.
+
+    Example:
+        >>> set_cache_limit(2**30)
+        >>> set_cache_limit(None)
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit is {limit}. Expected a number of bytes >= 0, or None for the default.")
+    _cache.set_limit(limit)
+
+
+def copies(tensors: Sequence[Tensor], *, are_small: bool = False) -> list[Tensor]:
+    """`torch.clone` of each, in warm memory where that is possible.
+
+    `are_small`: all are known to be plain tensors of less than `LARGE` bytes.
+    """
+    if are_small and _foreach_clone is not None and tensors:
+        return list(_foreach_clone(tensors))
+    large = [i for i, x in enumerate(tensors) if _is_recyclable(x)]
+    if not large:
+        return [x.clone() for x in tensors]
+    _cache.expect(sum(tensors[i].nbytes for i in large))
+    fresh = {i: _empty_like(tensors[i], tensors[i].dtype) for i in large}
+    return [fresh[i].copy_(x) if i in fresh else x.clone() for i, x in enumerate(tensors)]
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`torch.empty_like(x, dtype=dtype)`, in warm memory where that is possible."""
+    return _empty_like(x, dtype) if _is_recyclable(x) else torch.empty_like(x, dtype=dtype)
+
+
+def _is_recyclable(x: Tensor) -> bool:
+    return x.nbytes >= LARGE and not _cache.is_off and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    view, offset = _cache.lend(x.numel() * dtype.itemsize)
+    flat = torch.frombuffer(view, dtype=dtype, count=x.numel(), offset=offset)
+    # Not a view of `flat`, so that autograd treats it like any fresh tensor.
+    empty = torch.empty(0, dtype=dtype, device="cpu")
+    return empty.set_(flat.untyped_storage(), 0, x.shape, x.stride())
+
+
+class _Cache:
+    """Blocks that wait for a tensor.
+
+    Blocks come back in whatever thread drops the last tensor, perhaps in the middle of a garbage collection and of the
+    methods below. So nothing waits for the lock: who does not get it takes fresh memory, or lets a block go.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: OrderedDict[int, list[bytearray]] = OrderedDict()  # by size, that of the last use at the end
+        self._fixed: int | None = None
+        self._automatic = 0
+        self.kept = 0
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no block will ever come back."""
+        return self._fixed == 0
+
+    def expect(self, nbytes: int) -> None:
+        """Bound what is kept by what updates write."""
+        self._automatic = max(self._automatic, 2 * nbytes)
+
+    def lend(self, nbytes: int) -> tuple[memoryview, int]:
+        """A block in a view that brings it back when it dies, and the offset at which it is aligned."""
+        block = self._take(nbytes)
+        view = memoryview(block)
+        weakref.finalize(view, self._give_back, nbytes, block).atexit = False
+        return view, -torch.frombuffer(view, dtype=torch.uint8).data_ptr() % _ALIGNMENT
+
+    def set_limit(self, limit: int | None) -> None:
+        """A fixed bound, or None for the automatic one."""
+        self._fixed = limit
+        with self._lock:
+            self._shrink(self._automatic if limit is None else limit)
+
+    def clear(self) -> None:
+        """Keep nothing, until the next update."""
+        self._automatic = 0
+        with self._lock:
+            self._shrink(0)
+
+    def forget_lock(self) -> None:
+        """In a forked child the thread that held it is gone."""
+        self._lock = threading.Lock()
+
+    def _take(self, nbytes: int) -> bytearray:
+        if self._lock.acquire(blocking=False):
+            try:
+                blocks = self._spare.get(nbytes)
+                if blocks:
+                    self.kept -= nbytes
+                    self._spare.move_to_end(nbytes)
+                    return blocks.pop()
+            finally:
+                self._lock.release()
+        return bytearray(nbytes + _ALIGNMENT)
+
+    def _give_back(self, nbytes: int, block: bytearray) -> None:
+        limit = self._automatic if self._fixed is None else self._fixed
+        if nbytes <= limit and self._lock.acquire(blocking=False):
+            try:
+                self._spare.setdefault(nbytes, []).append(block)
+                self._spare.move_to_end(nbytes)
+                self.kept += nbytes
+                self._shrink(limit)
+            finally:
+                self._lock.release()
+
+    def _shrink(self, limit: int) -> None:
+        """Let go of blocks of the sizes that were not used for longest."""
+        while self.kept > limit:
+            nbytes, blocks = next(iter(self._spare.items()))
+            if blocks:
+                blocks.pop()
+                self.kept -= nbytes
+            else:
+                del self._spare[nbytes]
+
+
+_cache = _Cache()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cache.forget_lock)

@@ -1,0 +1,23 @@
+"""The steps of `tests/benchmarks/steps.py` one by one, for pytest-benchmark: `python -m pytest -n 0 -m speed`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.benchmarks.measure import Code, MissingPeerError
+from tests.benchmarks.steps import CASES, TREES, contenders
+
+PAIRS = dict.fromkeys((tree, name) for tree, *names, _ in CASES for name in names)
+
+
+@pytest.mark.speed
+@pytest.mark.parametrize(("tree", "name"), PAIRS)
+def test_step(benchmark: Callable[[Code], object], tree: str, name: str):
+    torch.manual_seed(0)
+    try:
+        (step,) = contenders([name], *TREES[tree], torch.device("cpu"))
+    except MissingPeerError as missing:
+        pytest.skip(str(missing))
+    benchmark.group = tree
+    benchmark(step)
