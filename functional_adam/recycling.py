@@ -86,7 +86,9 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_recyclable(x: Tensor) -> bool:
-    return x.nbytes >= LARGE and not _cache.is_off and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
+    return (
+        x.nbytes >= LARGE and not _cache.is_off and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
+    )
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,17 @@ IMPORTS = {
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
     "packing": {"equations", "hparams", "kernels", "leaves", "recycling", "tracking"},
     "batching": {"equations", "hparams", "kernels", "leaves", "packing", "tracking"},
-    "rules": {"batching", "derivatives", "equations", "hparams", "leaves", "packing", "recycling", "scalars", "tracking"},
+    "rules": {
+        "batching",
+        "derivatives",
+        "equations",
+        "hparams",
+        "leaves",
+        "packing",
+        "recycling",
+        "scalars",
+        "tracking",
+    },
     "update": {
         *("arguments", "donation", "equations", "hparams", "kernels", "leaves", "recycling", "rules", "state"),
         "tracking",
