@@ -139,7 +139,12 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     chosen = select_kernel(kernel, {traits.device} if traits else {param.device for param in old.params}, scalars)
     are_small = traits is not None and max(traits.nbytes) < LARGE
     new = old if donate else old.with_flat(copies(old.flat, are_small=are_small))
-    steps = _next_steps(given, [step + 1 for step in given.steps], stays)
+    if donate and traits is not None and len(given.steps) > 1:
+        # They are copied to the old memory in the end, so that one tensor can hold all of them.
+        advanced = [*(torch.stack(given.steps) + 1).unbind(0)]
+    else:
+        advanced = [step + 1 for step in given.steps]
+    steps = _next_steps(given, advanced, stays)
     leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
     moving, grads = new, cast("list[Tensor]", given.grads)
     if not given.is_whole:
