@@ -36,8 +36,6 @@ def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
 
 def release(params: list[Tensor]) -> list[Tensor]:
     """`params` as results: plain tensors outside autograd, on the same memory."""
-    if torch.nn.Parameter not in {*map(type, params)} and not any(map(operator.attrgetter("requires_grad"), params)):
-        return params
     return [x.detach() if x.requires_grad or isinstance(x, torch.nn.Parameter) else x for x in params]
 
 

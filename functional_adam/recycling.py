@@ -92,10 +92,12 @@ def _is_recyclable(x: Tensor) -> bool:
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty(0, dtype=dtype, device="cpu")
+    if type(empty) is not Tensor:  # FakeTensorMode and its like are on
+        return torch.empty_like(x, dtype=dtype)
     view, offset = _cache.lend(x.numel() * dtype.itemsize)
     flat = torch.frombuffer(view, dtype=dtype, count=x.numel(), offset=offset)
     # Not a view of `flat`, so that autograd treats it like any fresh tensor.
-    empty = torch.empty(0, dtype=dtype, device="cpu")
     return empty.set_(flat.untyped_storage(), 0, x.shape, x.stride())
 
 
@@ -103,7 +105,7 @@ class _Cache:
     """Blocks that wait for a tensor.
 
     Blocks come back in whatever thread drops the last tensor, perhaps in the middle of a garbage collection and of the
-    methods below. So nothing waits for the lock: who does not get it takes fresh memory, or lets a block go.
+    methods below. So no update waits for the lock: who does not get it takes fresh memory, or lets a block go.
     """
 
     def __init__(self) -> None:
@@ -141,9 +143,9 @@ class _Cache:
         with self._lock:
             self._shrink(0)
 
-    def forget_lock(self) -> None:
-        """In a forked child the thread that held it is gone."""
-        self._lock = threading.Lock()
+    def forget(self) -> None:
+        """Begin anew in a forked child: who held the lock is gone, perhaps in the middle of a change."""
+        self._lock, self._spare, self.kept = threading.Lock(), OrderedDict(), 0
 
     def _take(self, nbytes: int) -> bytearray:
         if self._lock.acquire(blocking=False):
@@ -181,4 +183,4 @@ class _Cache:
 
 _cache = _Cache()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_cache.forget_lock)
+    os.register_at_fork(after_in_child=_cache.forget)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.leaves import DTYPES, Buffers
+from functional_adam.recycling import LARGE
 from functional_adam.tracking import is_tracing, is_transformed
 
 
@@ -36,7 +37,9 @@ class Traits:
     dtype: torch.dtype
     is_ready: bool  # every leaf is real, contiguous and without lazy bits: any kernel takes it as it is
     requires_grad: bool  # some tensor does
+    is_bare: bool  # none does, and none is an nn.Parameter
     is_inference: bool  # some tensor was made in inference mode
+    are_small: bool  # each has less than `LARGE` bytes
     nbytes: list[int]  # of each tensor
     disjoint: list[int] | None = None  # addresses at which they were last found to share no memory
 
@@ -84,7 +87,9 @@ def find_traits(listed: Listed, buffers: Buffers, grads: Sequence[Any]) -> Trait
         dtype=(dtype := dtypes.pop()),
         is_ready=not dtype.is_complex and all(x.is_contiguous() and not x.is_neg() for x in leaves),
         requires_grad=any(x.requires_grad for x in tensors),
+        is_bare=not any(x.requires_grad or isinstance(x, torch.nn.Parameter) for x in tensors),
         is_inference=any(x.is_inference() for x in tensors),
+        are_small=all(x.nbytes < LARGE for x in tensors),
         nbytes=[x.nbytes for x in tensors],
     )
 

@@ -11,7 +11,7 @@ from functional_adam.equations import compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
 from functional_adam.leaves import Buffers
-from functional_adam.recycling import LARGE, copies
+from functional_adam.recycling import copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
@@ -137,8 +137,7 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     scalars = given.scalars.map(_read)
     is_ready = traits is not None and traits.is_ready
     chosen = select_kernel(kernel, {traits.device} if traits else {param.device for param in old.params}, scalars)
-    are_small = traits is not None and max(traits.nbytes) < LARGE
-    new = old if donate else old.with_flat(copies(old.flat, are_small=are_small))
+    new = old if donate else old.with_flat(copies(old.flat, are_small=traits is not None and traits.are_small))
     if donate and traits is not None and len(given.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
         advanced = [*(torch.stack(given.steps) + 1).unbind(0)]
@@ -165,7 +164,8 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
         # Or autograd would not notice what the fused kernel has written.
         torch.autograd.graph.increment_version(new.flat)
         steps = replace_steps_(given.steps, steps)
-        new = new._replace(params=release(new.params))
+        if traits is None or not traits.is_bare:
+            new = new._replace(params=release(new.params))
     return new, steps
 
 

@@ -23,7 +23,7 @@ IMPORTS = {
     "leaves": {"equations", "trees"},
     "state": {"hparams", "leaves", "trees"},
     "recycling": {"layouts"},
-    "traits": {"leaves", "tracking"},
+    "traits": {"leaves", "recycling", "tracking"},
     "donation": {"leaves", "tracking", "traits", "trees"},
     "kernels": {"equations", "hparams", "layouts", "leaves", "tracking"},
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
