@@ -9,7 +9,7 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.leaves import BUFFER_NAMES, Buffers
+from functional_adam.leaves import BUFFER_NAMES, Buffers, local_shard
 from functional_adam.tracking import is_fake
 from functional_adam.traits import Traits
 from functional_adam.trees import path_of
@@ -94,6 +94,7 @@ class _Span(NamedTuple):
     tensor: Tensor
 
 
+@torch.no_grad()
 def find_overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] | None:
     """Indices of two tensors that share an element, the first of them written; equal if it overlaps itself.
 
@@ -135,9 +136,7 @@ def _start(span: _Span) -> int:
 
 def _local(tensor: Tensor) -> Tensor | None:
     """The tensor that holds the memory: itself, the local shard of a DTensor, or nothing."""
-    if type(tensor) is not Tensor:
-        to_local: Any = getattr(tensor, "to_local", None)
-        tensor = to_local() if to_local is not None else tensor
+    tensor = local_shard(tensor)
     return None if is_fake(tensor) or not tensor.data_ptr() or not tensor.numel() else tensor
 
 

@@ -50,6 +50,57 @@ class Buffers(NamedTuple):
 BUFFER_NAMES = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def local_shard(x: Tensor) -> Tensor:
+    """What lies in this process of a DTensor, on the same memory; any other tensor as it is. Call under no_grad."""
+    if not _is_dtensor(x):
+        return x
+    to_local: Any = getattr(x, "to_local")  # noqa: B009 (no attribute of Tensor)
+    return to_local()
+
+
+@torch.no_grad()
+def local_shards(buffers: Buffers, grads: list[Tensor]) -> tuple[Buffers, list[Tensor]]:
+    """The local shards of all leaves; gradients are first brought to the placements of their parameters.
+
+    Adam is elementwise, so the update of the shards is the update. Without a DTensor both come back as they are.
+    """
+    if _PLAIN.issuperset(map(type, buffers.params)):
+        return buffers, grads
+    placed: list[Any] = []
+    for grad, param in zip(grads, buffers.params, strict=True):
+        to: Any = getattr(param, "placements", None)
+        here: Any = grad
+        placed.append(grad if to is None or here.placements == to else here.redistribute(placements=to))
+    return buffers.map(local_shard), [*map(local_shard, placed)]
+
+
+def whole(x: Any) -> Any:
+    """A DTensor as a plain tensor of its full value, the same in each process; anything else as it is."""
+    if not _is_dtensor(x):
+        return x
+    with torch.no_grad():
+        return x.full_tensor()
+
+
+def check_unsharded(buffers: Buffers, watcher: str, treespec: PyTreeSpec) -> None:
+    """Raise RuntimeError if a parameter is a DTensor: its update is not differentiable."""
+    for index, param in enumerate(buffers.params):
+        if _is_dtensor(param):
+            raise RuntimeError(
+                f"{path_of(treespec, index, 'params')} is a DTensor, and the update is watched by {watcher}. "
+                "DTensors are updated shard by shard, without derivatives: use torch.no_grad(), or detach, or update "
+                "plain tensors (full_tensor())."
+            )
+
+
+def _is_dtensor(x: Any) -> bool:
+    # By capability: importing torch.distributed.tensor costs time, and not every build has it.
+    return type(x) not in _PLAIN and hasattr(x, "device_mesh")
+
+
 def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
     """Raise TypeError unless every leaf of `params` is a dense floating or complex tensor."""
     for index, param in enumerate(params):
@@ -58,6 +109,7 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
 
 
+@torch.no_grad()
 def check_leaves(buffers: Buffers, grads: Sequence[Any], treespec: PyTreeSpec) -> None:
     """Raise unless moments, and gradients where they are not None, fit the parameters leaf by leaf."""
     check_params(buffers.params, treespec)
@@ -94,7 +146,33 @@ def _misfit(tensor: Any, param: Tensor, *, is_grad: bool) -> tuple[type[Exceptio
         return ValueError, f"{{path}} {got}, but {{param_path}} {expected}. {advice}"
     if tensor.device != param.device:
         return ValueError, f"{{path}} is on {tensor.device}, but {{param_path}} is on {param.device}. {advice}"
+    fault = _placement_fault(tensor, param, is_grad=is_grad)
+    if fault:
+        return ValueError, f"{{path}} {fault} {advice}"
     # A real gradient may meet a complex parameter; nothing else may change its kind.
     if tensor.is_complex() != param.is_complex() and not (is_grad and param.is_complex()):
         return TypeError, f"{{path}} is of {tensor.dtype}, but {{param_path}} is of {param.dtype}. {advice}"
     return None, ""
+
+
+def _placement_fault(tensor: Any, param: Any, *, is_grad: bool) -> str | None:
+    """Why a DTensor cannot be updated shard by shard, or None. Gradients may be placed differently."""
+    if _is_dtensor(tensor) != _is_dtensor(param):
+        a, b = (f"a DTensor on {x.device_mesh}" if _is_dtensor(x) else "no DTensor" for x in (tensor, param))
+        return f"is {a}, but {{param_path}} is {b}. Convert it with distribute_tensor() or full_tensor()."
+    if not _is_dtensor(param):
+        return None
+    got, expected = tensor.placements, param.placements
+    if tensor is param:
+        if any(placement.is_partial() for placement in got):
+            return f"is placed as {got}, a sum that is still to be made. Convert it with redistribute()."
+        return None
+    if tensor.device_mesh != param.device_mesh:
+        return f"is on {tensor.device_mesh}, but {{param_path}} is on {param.device_mesh}. Put both on one mesh."
+    if got != expected:
+        problem = f"is placed as {got}, but {{param_path}} as {expected}. Convert it with redistribute()."
+        return None if is_grad else problem
+    got, expected = (tuple(local_shard(x).shape) for x in (tensor, param))
+    if got != expected:
+        return f"has a local shard of shape {got}, but {{param_path}} has {expected}. Split both alike."
+    return None

@@ -10,7 +10,7 @@ from functional_adam.donation import check_donation, is_surely_safe, release, re
 from functional_adam.equations import compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
-from functional_adam.leaves import Buffers
+from functional_adam.leaves import Buffers, check_unsharded, local_shards, whole
 from functional_adam.recycling import copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
@@ -91,6 +91,8 @@ def adam_update(
             )
         if watched_by is None and not is_surely_safe(given.tensors, given.traits):
             check_donation(given.buffers, given.steps, given.grads, given.others, given.treespec)
+    if watched_by not in (None, _TRACER):
+        check_unsharded(given.buffers, watched_by, given.treespec)
     if watched_by is None:
         buffers, steps = _run_kernel(given, kernel, donate=donate)
     else:
@@ -150,6 +152,8 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
         indices = [index for index, grad in enumerate(given.grads) if grad is not None]
         moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
     if stays is not True and grads:
+        if traits is None:
+            moving, grads = local_shards(moving, grads)
         run_kernel(
             chosen,
             moving,
@@ -163,6 +167,8 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     if donate:
         # Or autograd would not notice what the fused kernel has written.
         torch.autograd.graph.increment_version(new.flat)
+        if moving is not new:
+            torch.autograd.graph.increment_version(moving.flat)  # a DTensor and its shard count apart
         steps = replace_steps_(given.steps, steps)
         if traits is None or not traits.is_bare:
             new = new._replace(params=release(new.params))
@@ -244,4 +250,5 @@ def _where(stays: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
 
 def _read(x: Any) -> Any:
     """`x` as a Python number where that costs nothing and hides nothing."""
+    x = whole(x)
     return x.item() if isinstance(x, Tensor) and is_readable(x) else x

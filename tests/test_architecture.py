@@ -44,10 +44,22 @@ IMPORTS = {
         *("arguments", "donation", "equations", "hparams", "kernels", "leaves", "recycling", "rules", "state"),
         "tracking",
     },
-    "__init__": {"hparams", "state", "update"},
+    "adapter": {"hparams", "kernels", "state", "update"},
+    "distributed.registration": {"adapter"},
+    "distributed.rpc": {"distributed.registration"},
+    "distributed.overlap": {"adapter"},
+    "distributed.backward": {"adapter"},
+    "distributed.__init__": {
+        "distributed.backward",
+        "distributed.overlap",
+        "distributed.registration",
+        "distributed.rpc",
+    },
+    "__init__": {"adapter", "hparams", "state", "update"},
 }
+PACKAGES = [module for module in IMPORTS if module.endswith("__init__")]
 
-PUBLIC_NAMES = {"AdamHparams", "AdamState", "adam_init", "adam_update"}
+PUBLIC_NAMES = {"AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update"}
 
 # Private torch names by the one file that may use them.
 PRIVATE_TORCH = {
@@ -55,11 +67,16 @@ PRIVATE_TORCH = {
     "traits": ("torch._C._dynamo",),
     "kernels": ("_fused_adam", "_foreach_add"),
     "recycling": ("_foreach_clone",),
+    "adapter": ("_opt_called",),
 }
 
 
+def source_of(module: str) -> str:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text()
+
+
 def imports_of(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    tree = ast.parse(source_of(module))
     return {
         node.module.removeprefix("functional_adam.")
         for node in ast.walk(tree)
@@ -73,7 +90,8 @@ def run_python(code: str) -> str:
 
 
 def test_import_graph_is_the_written_one():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == IMPORTS.keys()
+    modules = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    assert {".".join(module.parts) for module in modules} == IMPORTS.keys()
     assert {module: imports_of(module) for module in IMPORTS} == IMPORTS
 
 
@@ -84,9 +102,9 @@ def test_import_graph_has_no_cycle():
         seen.add(module)
 
 
-@pytest.mark.parametrize("module", [name for name in IMPORTS if name != "__init__"])
+@pytest.mark.parametrize("module", [name for name in IMPORTS if name not in PACKAGES])
 def test_each_module_says_what_it_is_for_and_stays_small(module: str):
-    text = (PACKAGE / f"{module}.py").read_text()
+    text = source_of(module)
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring
     assert docstring.splitlines()[0].endswith((".", "?"))
@@ -96,7 +114,7 @@ def test_each_module_says_what_it_is_for_and_stays_small(module: str):
 @pytest.mark.parametrize(("owner", "names"), PRIVATE_TORCH.items())
 def test_private_torch_names_stand_in_one_file(owner: str, names: tuple[str, ...]):
     for module in IMPORTS:
-        text = (PACKAGE / f"{module}.py").read_text()
+        text = source_of(module)
         for name in names:
             assert (name in text) == (module == owner), f"{name} in {module}"
 
@@ -107,9 +125,10 @@ def test_public_names_are_the_written_ones():
         assert getattr(functional_adam, name).__doc__
 
 
-def test_import_is_light_and_silent():
+@pytest.mark.parametrize("package", ["functional_adam", "functional_adam.distributed"])
+def test_import_is_light_and_silent(package: str):
     out = run_python(
-        "import sys, torch; before = set(sys.modules); import functional_adam;"
+        f"import sys, torch; before = set(sys.modules); import {package};"
         "new = set(sys.modules) - before;"
         "print(sorted(n for n in new if n.startswith(('torch.distributed', 'numpy'))))"
     )
@@ -135,4 +154,4 @@ def test_the_page_shows_the_import_graph():
             modules, imported = line.strip("| ").split(" | ")
             for module in modules.split(", "):
                 shown[module.strip("`")] = {name.strip("`") for name in imported.split(", ") if name.startswith("`")}
-    assert shown == {module: imported for module, imported in IMPORTS.items() if module != "__init__"}
+    assert shown == {module: imported for module, imported in IMPORTS.items() if module not in PACKAGES}

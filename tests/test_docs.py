@@ -13,12 +13,12 @@ import functional_adam
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = sorted(module.name for module in pkgutil.iter_modules(functional_adam.__path__))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(functional_adam.__path__, "functional_adam."))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name: str):
-    module = importlib.import_module(f"functional_adam.{name}")
+    module = importlib.import_module(name)
     assert doctest.testmod(module, extraglobs=dict(vars(functional_adam), torch=torch)).failed == 0
 
 

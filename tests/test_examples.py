@@ -53,6 +53,24 @@ TABLE = (
         result=r"^Largest difference to torch.optim.Adam over 2 fits: [\d.e-]+$",
         options=("--fits", "--loop", "--steps", "--seed", "--output"),
     ),
+    Example(
+        "ddp_overlap",
+        fast=("--steps", "5"),
+        result=r"^Largest difference of parameters: 0$",
+        options=("--processes", "--steps", "--seed", "--output"),
+    ),
+    Example(
+        "rpc_parameter_server",
+        fast=("--steps", "5"),
+        result=r"^Largest difference of parameters: 0$",
+        options=("--steps", "--seed", "--output"),
+    ),
+    Example(
+        "fsdp2_checkpoint",
+        fast=("--steps", "8"),
+        result=r"^Largest difference to the plain run: [\d.e-]+ nats$",
+        options=("--steps", "--seed", "--output"),
+    ),
 )
 every_example = pytest.mark.parametrize("example", TABLE, ids=[example.name for example in TABLE])
 

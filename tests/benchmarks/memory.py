@@ -1,5 +1,9 @@
 """Peak memory of a warm step of 25 M parameters, the third, beyond parameters, gradients and moments.
 
+The last two run backward as well, through a product for each leaf, and hold no
+gradient before and after: what they show is that a step in backward needs the
+gradients of one leaf at a time.
+
 Each number comes from a fresh process in which malloc keeps no freed block above
 128 KiB; `python -m tests.benchmarks.memory NAME LEAVES ELEMENTS DEVICE` prints it
 in bytes.
@@ -12,11 +16,14 @@ from pathlib import Path
 
 import torch
 
+from functional_adam import _FunctionalAdam
+from functional_adam.distributed import step_in_backward
 from tests.benchmarks.measure import Bench, Code, Curve, MissingPeerError
-from tests.benchmarks.peers import CONTENDERS, make_tree
+from tests.benchmarks.peers import CONTENDERS, Params, make_tree
 
 TREES = {leaves: 25_000_000 // leaves for leaves in (1, 150)}
 NAMES = ("donated", "pure", "torch fused", "torch foreach", "torch default", "TorchOpt", "optax", "optax donated")
+BACKWARD = ("backward, then step", "step in backward")
 HELD_BYTES = 16  # an element: parameter, gradient and two moments of float32
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,7 +34,7 @@ def run(bench: Bench) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     for leaves, elements in TREES.items():
         values: dict[str, float] = {}
-        for name in NAMES:
+        for name in (*NAMES, *BACKWARD):
             command = [
                 sys.executable,
                 "-m",
@@ -57,14 +64,32 @@ def measure(name: str, leaves: int, elements: int, device: torch.device) -> int:
     step = steps(name, leaves, elements, device)
     reset_peak(device)
     step()
+    # One of two trees of coefficients stands in for the gradients that are not held.
     return peak_bytes(device) - before - HELD_BYTES * leaves * elements
 
 
 def steps(name: str, leaves: int, elements: int, device: torch.device) -> Code:
     """Code that has made two steps; nobody else holds its parameters."""
-    step = CONTENDERS[name](*(make_tree(leaves, elements, device) for _ in range(2)))
+    trees = (make_tree(leaves, elements, device) for _ in range(2))
+    step = backward_step(name, *trees) if name in BACKWARD else CONTENDERS[name](*trees)
     step()
     step()
+    return step
+
+
+def backward_step(name: str, params: Params, coefficients: Params) -> Code:
+    """Backward through a product for each leaf, and a step after it or within it."""
+    leaves = {key: param.clone().requires_grad_() for key, param in params.items()}
+    optimizer = _FunctionalAdam(leaves.values(), fused=True)
+    if name == "step in backward":
+        step_in_backward(optimizer)
+
+    def step() -> None:
+        torch.stack([leaf.flatten() @ coefficients[key].flatten() for key, leaf in leaves.items()]).sum().backward()
+        if name != "step in backward":
+            optimizer.step()
+            optimizer.zero_grad()
+
     return step
 
 

@@ -1,0 +1,596 @@
+"""The adapters are torch's functional Adam and torch.optim.Adam in one, without what the former gets wrong."""
+
+import copy
+import inspect
+import io
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, ReduceLROnPlateau
+
+import functional_adam
+from functional_adam import _FunctionalAdam, _FunctionalAdamW
+from tests.oracles import TORCH_FLAGS, torch_adam
+from tests.test_cuda_path import CopyByOp, Recorder
+from tests.tolerances import assert_close, assert_equal
+
+# The adapter's flags by the kernel that they choose.
+FLAGS: dict[str, dict[str, bool]] = {"single": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+TWINS = [(_FunctionalAdam, torch.optim.Adam), (_FunctionalAdamW, torch.optim.AdamW)]
+SHAPES = ((5, 7), (7,), (), (2, 3, 4, 5), (0, 3))
+
+each_kernel = pytest.mark.parametrize("kernel", FLAGS)
+each_twin = pytest.mark.parametrize(("adapter", "optimizer_class"), TWINS, ids=["Adam", "AdamW"])
+each_adapter = pytest.mark.parametrize("adapter", [_FunctionalAdam, _FunctionalAdamW], ids=["Adam", "AdamW"])
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "numbers": {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True, "lr": 0.1},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+}
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(randn(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(SHAPES)]
+
+
+def make_grads(step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [randn(*shape, seed=100 * (step + 1) + i, dtype=dtype) for i, shape in enumerate(SHAPES)]
+
+
+def snapshot(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Any:
+    return copy.deepcopy(([p.detach() for p in params], [dict(optimizer.state.get(p) or {}) for p in params]))
+
+
+def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = None if grad is None else grad.clone()
+
+
+def torch_class(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its classes
+        from torch.distributed.optim import functional_adam as module
+        from torch.distributed.optim import functional_adamw as module_w
+    return {"Adam": module._FunctionalAdam, "AdamW": module_w._FunctionalAdamW}[name]
+
+
+def assert_same_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], expected: Any) -> None:
+    for name in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        got = [optimizer.state[p].get(name) if p in optimizer.state else None for p in params]
+        assert_equal(got, getattr(expected, name))
+
+
+# Trajectories.
+
+
+@each_kernel
+@each_twin
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("way", ["step", "step_param", "grad"])
+def test_trajectory_is_that_of_torch_optim(
+    adapter: Any, optimizer_class: Any, kernel: str, options: str, way: str
+) -> None:
+    gradients = [[g if (s + i) % 3 else None for i, g in enumerate(make_grads(s))] for s in range(4)]
+    expected = torch_adam(make_params(), gradients, OPTIONS[options], kernel, optimizer_class=optimizer_class)
+    params = make_params()
+    optimizer = adapter(params, **OPTIONS[options], **FLAGS[kernel])
+    for grads in gradients:
+        if way == "step":
+            optimizer.step(gradients=grads)
+        elif way == "grad":
+            set_grads(params, grads)
+            optimizer.step()
+        else:
+            for param, grad in zip(params, grads, strict=True):
+                optimizer.step_param(param, grad)
+    assert_equal([p.detach() for p in params], expected.params)
+    assert_same_state(optimizer, params, expected)
+
+
+@each_kernel
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_trajectory_is_that_of_torchs_functional_class(name: str, kernel: str) -> None:
+    ours, theirs = make_params(), [p.detach() for p in make_params()]
+    arguments = (0.1, (0.8, 0.95), 1e-6, 0.1, True, True, kernel == "foreach", kernel == "fused")
+    optimizer = getattr(functional_adam, f"_Functional{name}")(ours, *arguments)
+    with pytest.warns(DeprecationWarning, match="TorchScript"):
+        reference = torch_class(name)(theirs, *arguments)
+    for step in range(4):
+        grads = make_grads(step)
+        optimizer.step(grads)
+        reference.step(grads)
+    assert_equal([p.detach() for p in ours], theirs)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_constructor_is_that_of_torchs_functional_class(name: str) -> None:
+    ours = inspect.signature(getattr(functional_adam, f"_Functional{name}"))
+    theirs = inspect.signature(torch_class(name).__init__)
+    expected = {p.name: p.default for p in theirs.parameters.values() if p.name != "self"}
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [*expected.items()]
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
+def test_other_dtypes_are_those_of_torch_optim(kernel: str, dtype: torch.dtype) -> None:
+    if dtype.is_complex and kernel == "fused":
+        kernel_flags, reference_kernel = FLAGS[kernel], "single"  # torch's fused kernel takes no complex numbers
+    else:
+        kernel_flags, reference_kernel = FLAGS[kernel], kernel
+    gradients = [make_grads(step, dtype) for step in range(3)]
+    expected = torch_adam(make_params(dtype), gradients, {"lr": 0.1}, reference_kernel)
+    params = make_params(dtype)
+    optimizer = _FunctionalAdam(params, lr=0.1, **kernel_flags)
+    for grads in gradients:
+        optimizer.step(grads)
+    (assert_close if dtype.is_complex else assert_equal)([p.detach() for p in params], expected.params)
+
+
+def test_any_layout_gives_the_right_answer_under_fused() -> None:
+    # torch's class writes the wrong elements here.
+    param, grad = nn.Parameter(randn(4, 6, seed=0).T.detach()), torch.ones(()).expand(6, 4)
+    expected = torch_adam([param], [[grad]], {"lr": 0.1}, "single").params
+    _FunctionalAdam([param], lr=0.1, fused=True).step([grad])
+    assert_close([param.detach()], expected)
+
+
+def test_step_counts_past_256_in_a_bfloat16_world() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight = torch.ones(2)
+        optimizer = _FunctionalAdam([weight])
+        optimizer.step([torch.ones(2)])
+        optimizer.state[weight]["step"].fill_(256)
+        optimizer.step([torch.ones(2)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(optimizer.state[weight]["step"], torch.tensor(257.0))
+
+
+def test_parameters_and_state_keep_their_objects_and_memory() -> None:
+    params = make_params()
+    optimizer = _FunctionalAdam(params, amsgrad=True)
+    optimizer.step(make_grads(0))
+    tensors = [*params, *(x for p in params for x in optimizer.state[p].values())]
+    pointers = [x.data_ptr() for x in tensors]
+    state = optimizer.state_dict()["state"]
+    optimizer.step(make_grads(1))
+    after = [*params, *(x for p in params for x in optimizer.state[p].values())]
+    assert all(x is y for x, y in zip(tensors, after, strict=True))
+    assert [x.data_ptr() for x in tensors] == pointers
+    # A state_dict taken before sees the new values, as torch.optim's does.
+    assert all(optimizer.state[p] is state[i] for i, p in enumerate(params))
+    assert_equal([row["step"] for row in state.values()], [torch.tensor(2.0)] * len(params))
+
+
+@each_kernel
+def test_flags_choose_the_kernel(kernel: str) -> None:
+    optimizer = _FunctionalAdam(make_params(), **FLAGS[kernel])
+    with Recorder() as recorder:
+        optimizer.step(make_grads(0))
+    names = {call[0] for call in recorder.calls}
+    assert ("_fused_adam_" in names) == (kernel == "fused")
+    assert any(name.startswith("_foreach_") for name in names) == (kernel == "foreach")
+
+
+def test_grad_mode_does_not_matter() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = _FunctionalAdam([weight], lr=0.1)
+    loss = (weight**3).sum()
+    (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with torch.enable_grad():
+        optimizer.step_param(weight, grad)
+    assert not optimizer.state[weight]["exp_avg"].requires_grad
+    assert weight.is_leaf
+    assert weight.requires_grad
+
+
+def test_closure_is_run_with_grad_and_its_loss_returned() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = _FunctionalAdam([weight], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure=closure) == 2.0
+    assert_close(weight.detach(), torch.full((2,), 0.9))
+
+
+# None, empty lists, unknown parameters.
+
+
+@each_adapter
+def test_none_makes_no_state_and_changes_nothing(adapter: Any) -> None:
+    params = make_params()
+    optimizer = adapter(params)
+    before = snapshot(optimizer, params)
+    optimizer.step([None] * len(params))
+    optimizer.step()
+    optimizer.step_param(params[0], None)
+    assert not optimizer.state
+    assert_equal(snapshot(optimizer, params), before)
+
+
+@each_kernel
+def test_parameters_that_the_constructor_never_saw_are_updated(kernel: str) -> None:
+    optimizer = _FunctionalAdam([], lr=0.1, amsgrad=True, _allow_empty_param_list=True, **FLAGS[kernel])
+    gradients = [make_grads(step) for step in range(3)]
+    expected = torch_adam(make_params(), gradients, {"lr": 0.1, "amsgrad": True}, kernel)
+    params = make_params()
+    for grads in gradients:
+        for param, grad in zip(params, grads, strict=True):
+            optimizer.step_param(param, grad)
+    assert_equal([p.detach() for p in params], expected.params)
+    with pytest.raises(RuntimeError, match="state for 5 parameters that are in no group"):
+        optimizer.state_dict()
+    optimizer.add_param_group({"params": params})
+    assert sorted(optimizer.state_dict()["state"]) == list(range(len(params)))
+
+
+def test_an_empty_list_is_refused_unless_allowed() -> None:
+    with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
+        _FunctionalAdam([])
+    assert _FunctionalAdam([], _allow_empty_param_list=True).param_group["params"] == []
+
+
+# Failures change nothing.
+
+
+SPARSE = torch.eye(7).to_sparse()
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "shape": (torch.ones(3), ValueError, r"grads\[1\] has shape \(3,\), but params\[1\] has shape \(7,\)"),
+    "broadcastable": (torch.ones(1), ValueError, r"grads\[1\] has shape \(1,\)"),
+    "sparse": (SPARSE[0], TypeError, r"grads\[1\] has the layout torch.sparse_coo"),
+    "dtype": (torch.ones(7, dtype=torch.int64), TypeError, r"grads\[1\] is of torch.int64"),
+    "complex": (torch.ones(7, dtype=torch.complex64), TypeError, r"grads\[1\] is of torch.complex64"),
+    "not_a_tensor": (1.0, TypeError, r"grads\[1\] is of type float"),
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_step_changes_nothing(kernel: str, fault: str, is_first: bool, groups: int) -> None:
+    params = make_params()
+    split = [{"params": params[:1]}, {"params": params[1:]}] if groups == 2 else params
+    optimizer = _FunctionalAdam(split, lr=0.1, **FLAGS[kernel])
+    if not is_first:
+        optimizer.step(make_grads(0))
+    before = snapshot(optimizer, params)
+    bad, error, match = FAULTS[fault]
+    grads: list[Any] = make_grads(1)
+    grads[1] = bad
+    with pytest.raises(error, match=match):
+        optimizer.step(grads)
+    with pytest.raises(error, match=match.replace(r"\[1\]", r"\[0\]")):
+        optimizer.step_param(params[1], bad)
+    assert_equal(snapshot(optimizer, params), before)
+    assert len(optimizer.state) == (0 if is_first else len(params))
+    optimizer.step(make_grads(1))
+    gradients = [make_grads(1)] if is_first else [make_grads(0), make_grads(1)]
+    assert_equal([p.detach() for p in params], torch_adam(make_params(), gradients, {"lr": 0.1}, kernel).params)
+
+
+@pytest.mark.parametrize("count", [0, 4, 6])
+def test_a_list_of_the_wrong_length_is_refused_in_torchs_words(count: int) -> None:
+    params = make_params()
+    optimizer = _FunctionalAdam(params)
+    before = snapshot(optimizer, params)
+    text = "the gradients passed in does not equal to the size of the parameters!"
+    with pytest.raises(ValueError, match=f"^{text}Params length: 5. Gradients length: {count}$"):
+        optimizer.step([torch.ones(1)] * count)
+    assert_equal(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(5), lambda: 0.0, 1.0], ids=["tensor", "closure", "number"])
+def test_gradients_that_are_no_list_are_refused(bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"gradients is of type \w+. Expected a list"):
+        _FunctionalAdam(make_params()).step(bad)
+
+
+def test_a_parameter_listed_twice_is_refused() -> None:
+    weight = torch.ones(2)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = _FunctionalAdam([weight, weight])
+    with pytest.raises(RuntimeError, match=r"Cannot donate params\[0\]: it shares memory with params\[1\]"):
+        optimizer.step([weight.clone(), weight.clone()])
+    assert_equal(weight, torch.ones(2))
+
+
+@each_twin
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"lr": float("nan")}, ValueError, "Invalid learning rate"),
+        ({"eps": -1.0}, ValueError, "Invalid epsilon value"),
+        ({"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0"),
+        ({"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1"),
+        ({"weight_decay": -1.0}, ValueError, "Invalid weight_decay value"),
+        ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
+    ],
+)
+def test_bad_hyperparameters_are_refused_in_torchs_words(
+    adapter: Any, optimizer_class: Any, options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match) as theirs:
+        optimizer_class(make_params(), **options)
+    with pytest.raises(error, match=match) as ours:
+        adapter(make_params(), **options)
+    assert str(ours.value).startswith(str(theirs.value))
+    with pytest.raises(error, match=match):
+        adapter([{"params": make_params(), **options}])
+
+
+# Hyperparameters come from the groups.
+
+
+@each_twin
+def test_groups_have_their_own_hyperparameters(adapter: Any, optimizer_class: Any) -> None:
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [
+            {"params": params[:2], "lr": 0.1, "weight_decay": 0.1},
+            {"params": params[2:], "betas": (0.5, 0.6), "amsgrad": True, "maximize": True},
+        ]
+
+    ours, theirs, singly = make_params(), make_params(), make_params()
+    optimizer, reference = adapter(groups(ours)), optimizer_class(groups(theirs))
+    one_by_one = adapter(groups(singly))
+    for step in range(3):
+        grads = make_grads(step)
+        set_grads(theirs, grads)
+        reference.step()
+        optimizer.step(grads)
+        for param, grad in zip(singly, grads, strict=True):
+            one_by_one.step_param(param, grad)
+    assert_equal([p.detach() for p in ours], [p.detach() for p in theirs])
+    assert_equal([p.detach() for p in singly], [p.detach() for p in theirs])
+
+
+SCHEDULERS: dict[str, Any] = {
+    "exponential": lambda o: ExponentialLR(o, 0.5),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=3),
+    "lambda": lambda o: LambdaLR(o, lambda epoch: 1.0 / (epoch + 1)),
+    "plateau": lambda o: ReduceLROnPlateau(o, patience=0),
+}
+
+
+@pytest.mark.parametrize("way", ["step", "step_param"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_take_effect(scheduler: str, way: str) -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer, reference = _FunctionalAdam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1, **TORCH_FLAGS["single"])
+    schedulers = [SCHEDULERS[scheduler](optimizer), SCHEDULERS[scheduler](reference)]
+    for step in range(4):
+        grads = make_grads(step)
+        set_grads(theirs, grads)
+        reference.step()
+        if way == "step":
+            optimizer.step(grads)
+        else:
+            for param, grad in zip(ours, grads, strict=True):
+                optimizer.step_param(param, grad)
+        for one in schedulers:
+            one.step(*([1.0] if scheduler == "plateau" else []))
+    assert optimizer.param_groups[0]["lr"] != 0.1
+    assert_equal([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("written", "name", "expected"),
+    [
+        ({"lr": 0.5}, "lr", 0.5),
+        ({"beta1": 0.5}, "betas", (0.5, 0.999)),
+        ({"beta2": 0.5}, "betas", (0.9, 0.5)),
+        ({"eps": 0.1}, "eps", 0.1),
+        ({"weight_decay": 0.1}, "weight_decay", 0.1),
+    ],
+)
+def test_what_is_set_in_defaults_takes_effect(
+    written: dict[str, float], name: str, expected: Any, copied: bool
+) -> None:
+    params, other = make_params(), make_params()
+    optimizer, reference = _FunctionalAdam(params), _FunctionalAdam(other, **{name: expected})
+    if copied:
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer = copy.deepcopy(optimizer)
+        params = optimizer.param_group["params"]
+    optimizer.defaults.update(written)
+    assert optimizer.param_group[name] == expected
+    assert (optimizer.defaults["beta1"], optimizer.defaults["beta2"]) == optimizer.defaults["betas"]
+    optimizer.step(make_grads(0))
+    reference.step(make_grads(0))
+    assert_equal([p.detach() for p in params], [p.detach() for p in other])
+    with pytest.raises(KeyError, match="beta3"):
+        optimizer.defaults["beta3"]
+
+
+# State that travels.
+
+
+@each_twin
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kernel", ["single", "foreach", "fused"])
+def test_state_dicts_are_exchanged_with_torch_optim(
+    adapter: Any, optimizer_class: Any, amsgrad: bool, kernel: str
+) -> None:
+    gradients = [make_grads(step) for step in range(6)]
+    options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad}
+    expected = torch_adam(make_params(), gradients, options, kernel, optimizer_class=optimizer_class)
+    params = make_params()
+
+    def through_a_file(optimizer: torch.optim.Optimizer) -> Any:
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        return torch.load(buffer, weights_only=True)
+
+    # Ours, torch's and ours take two steps each.
+    first = adapter(params, **options, **FLAGS[kernel])
+    for grads in gradients[:2]:
+        first.step(grads)
+    second = optimizer_class(params, lr=1.0)
+    second.load_state_dict(through_a_file(first))
+    for grads in gradients[2:4]:
+        set_grads(params, grads)
+        second.step()
+    third = adapter(params, lr=1.0)
+    third.load_state_dict(through_a_file(second))
+    for grads in gradients[4:]:
+        third.step(grads)
+    assert_equal([p.detach() for p in params], expected.params)
+    assert_same_state(third, params, expected)
+
+
+def test_adamw_stays_decoupled_after_loading_from_adam() -> None:
+    params = make_params()
+    optimizer = _FunctionalAdamW(params)
+    optimizer.load_state_dict(torch.optim.Adam(make_params()).state_dict())
+    assert optimizer.param_group["decoupled_weight_decay"] is True
+    plain = _FunctionalAdam(params)
+    plain.load_state_dict(torch.optim.AdamW(make_params()).state_dict())
+    assert plain.param_group["decoupled_weight_decay"] is True
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)], ids=str)
+def test_steps_of_older_state_dicts_are_read(step: Any) -> None:
+    params = make_params()
+    optimizer = _FunctionalAdam(params)
+    optimizer.step(make_grads(0))
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for row in state_dict["state"].values():
+        row["step"] = step
+    for group in state_dict["param_groups"]:
+        for name in ("amsgrad", "maximize", "foreach", "fused", "decoupled_weight_decay"):
+            del group[name]
+    optimizer.load_state_dict(state_dict)
+    optimizer.step(make_grads(1))
+    steps = [optimizer.state[p]["step"] for p in params]
+    assert_equal(steps, [torch.tensor(4.0)] * len(params))
+
+
+@each_adapter
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_go_on_by_themselves(adapter: Any, way: str) -> None:
+    params = make_params()
+    optimizer = adapter([{"params": params, "lr": 0.1}], amsgrad=True, foreach=True)
+    scheduler = ExponentialLR(optimizer, 0.5)
+    optimizer.step(make_grads(0))
+    scheduler.step()
+    twin = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    copies = twin.param_group["params"]
+    before = snapshot(optimizer, params)
+    twin.step(make_grads(1))
+    assert_equal(snapshot(optimizer, params), before)
+    optimizer.step(make_grads(1))
+    assert twin.param_group["lr"] == 0.05
+    assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert_equal([p.detach() for p in copies], [p.detach() for p in params])
+
+
+def test_amsgrad_without_its_moment_is_an_error() -> None:
+    weight = torch.ones(2)
+    optimizer = _FunctionalAdam([weight])
+    optimizer.step([weight.clone()])
+    optimizer.param_group["amsgrad"] = True
+    with pytest.raises(TypeError, match=r"state.max_exp_avg_sq\[0\] is of type NoneType"):
+        optimizer.step([weight.clone()])
+
+
+# Threads.
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads take turns as often as they can, so that a race shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+@each_kernel
+def test_threads_may_step_different_parameters_at_once(kernel: str) -> None:
+    def params() -> list[Tensor]:
+        return [randn(1 + i % 7, seed=i) for i in range(48)]
+
+    gradients = [[randn(*p.shape, seed=1000 + 100 * s + i) for i, p in enumerate(params())] for s in range(5)]
+    expected = torch_adam(params(), gradients, {"lr": 0.1}, kernel)
+    ours = params()
+    optimizer = _FunctionalAdam([], lr=0.1, _allow_empty_param_list=True, **FLAGS[kernel])
+    with ThreadPoolExecutor(16) as pool:
+        for grads in gradients:
+            list(pool.map(optimizer.step_param, ours, grads))
+    assert_equal(ours, expected.params)
+    assert_same_state(optimizer, ours, expected)
+
+
+# Accelerators.
+
+
+@each_kernel
+def test_steps_of_cuda_parameters_live_on_the_device(kernel: str) -> None:
+    with FakeTensorMode(), CopyByOp():
+        weight = torch.ones(3, device="cuda")
+        optimizer = _FunctionalAdam([weight], **FLAGS[kernel])
+        optimizer.step([torch.ones(3, device="cuda")])
+        assert {x.device.type for x in optimizer.state[weight].values()} == {"cuda"}
+        # ZeRO puts loaded steps on the CPU.
+        optimizer.state[weight]["step"] = torch.ones(())
+        optimizer.step([torch.ones(3, device="cuda")])
+        assert optimizer.state[weight]["step"].device.type == "cuda"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@each_kernel
+@each_twin
+def test_cuda_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: Any, kernel: str) -> None:
+    gradients = [[g.cuda() for g in make_grads(step)] for step in range(4)]
+    start = [p.detach().cuda() for p in make_params()]
+    expected = torch_adam(
+        start, gradients, {"lr": 0.1}, kernel, optimizer_class=optimizer_class, capturable=kernel != "fused"
+    )
+    params = [p.clone() for p in start]
+    optimizer = adapter(params, lr=0.1, **FLAGS[kernel])
+    for grads in gradients:
+        optimizer.step(grads)
+    (assert_equal if kernel == "fused" else assert_close)(params, expected.params)
+    assert all(optimizer.state[p]["step"].is_cuda for p in params)
+
+
+# Silence.
+
+
+@each_adapter
+def test_construction_and_steps_warn_about_nothing(adapter: Any) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        params = make_params()
+        optimizer = adapter(params)
+        optimizer.step(make_grads(0))
+        optimizer.step_param(params[0], make_grads(1)[0])
+        optimizer.zero_grad()
+    assert not caught
+    assert "lr: 0.001" in repr(optimizer)
