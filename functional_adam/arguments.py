@@ -1,5 +1,6 @@
 """The arguments of an update, flattened and checked before anything is written."""
 
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
-from functional_adam.hparams import AdamHparams, Scalar, check_hparams
+from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams
 from functional_adam.leaves import Buffers, check_leaves
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
-from functional_adam.trees import flatten_like, path_of
+from functional_adam.trees import broadcast_prefix, flatten_like, path_of
 
 
 class Arguments(NamedTuple):
@@ -25,7 +26,8 @@ class Arguments(NamedTuple):
     grads: list[Tensor | None]
     steps: list[Tensor]  # one if shared, else one a leaf
     is_step_shared: bool
-    scalars: Scalars
+    scalars: list[Scalars]  # one a leaf
+    scalar_sets: list[Scalars]  # each of them once
     grad_scale: Tensor | None  # float32
     found_inf: Tensor | None  # bool
     others: list[Tensor]  # the tensors that belong to no leaf
@@ -57,10 +59,8 @@ def flatten_arguments(
     grad_leaves = flatten_like(treespec, grads, "grads", params)
     is_step_shared = isinstance(state.step, Tensor)
     flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
-    # Kernels compute in Python's floats, whatever kind of number was given.
-    lr, beta1, beta2, eps, weight_decay = (x if isinstance(x, Tensor) else float(x) for x in hparams.numbers())
-    scalars = Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
-    others = [x for x in (*scalars[:5], scale, found) if isinstance(x, Tensor)]
+    scalars, sets, others = _scalars_of(hparams, params, len(param_leaves), flags)
+    others += [x for x in (scale, found) if x is not None]
     listed = list_tensors(buffers, grad_leaves, steps, others)
     traits = recall(listed)
     if traits is None:
@@ -80,6 +80,7 @@ def flatten_arguments(
         steps,
         is_step_shared,
         scalars,
+        sets,
         scale,
         found,
         others,
@@ -87,6 +88,45 @@ def flatten_arguments(
         listed.is_whole,
         traits,
     )
+
+
+def _scalars_of(
+    hparams: AdamHparams, params: TensorTree, count: int, flags: tuple[bool, bool, bool]
+) -> tuple[list[Scalars], list[Scalars], list[Tensor]]:
+    """The numbers that each leaf meets, each set of them once, and each tensor among them once.
+
+    Kernels compute in Python's floats, whatever kind of number was given.
+    """
+    numbers = hparams.numbers()
+    if all(isinstance(x, (Tensor, Real)) for x in numbers):
+        lr, beta1, beta2, eps, weight_decay = (x if isinstance(x, Tensor) else float(x) for x in numbers)
+        shared = Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
+        return [shared] * count, [shared], _distinct(x for x in numbers if isinstance(x, Tensor))
+    columns = [
+        [x if isinstance(x, Tensor) else float(x) for x in broadcast_prefix(number, name, params)]
+        for number, name in zip(numbers, NUMBER_NAMES, strict=True)
+    ]
+    tensors = _distinct(x for column in columns for x in column if isinstance(x, Tensor))
+    sets: dict[tuple[Any, ...], Scalars] = {}
+    scalars: list[Scalars] = []
+    for row in zip(*columns, *([flag] * count for flag in flags), strict=True):
+        # Tensors by their places, since dynamo would guard what their id() is.
+        key = tuple(("tensor", _place(x, tensors)) if isinstance(x, Tensor) else x for x in row)
+        scalars.append(sets.setdefault(key, Scalars(*row)))
+    return scalars, [*sets.values()], tensors
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for x in tensors:
+        if _place(x, found) == len(found):
+            found.append(x)
+    return found
+
+
+def _place(x: Tensor, tensors: list[Tensor]) -> int:
+    """The place of `x` itself in `tensors`, or behind them all."""
+    return next((i for i, y in enumerate(tensors) if y is x), len(tensors))
 
 
 def _check_types(grads: Any, state: Any, hparams: Any) -> None:

@@ -14,19 +14,22 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from functional_adam.tracking import is_readable
+from functional_adam.tracking import is_readable, is_tracing
 
 Scalar: TypeAlias = float | Tensor
+ScalarTree: TypeAlias = Any
+"""A `Scalar`, or a pytree of them that is a prefix of params. optree sets no bound on what a node is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamHparams:
     """The hyperparameters of :func:`adam_update`, with the names, defaults and messages of `torch.optim.Adam`.
 
-    Numbers are pytree leaves: each is a Python number or a 0-dim tensor. A tensor can be mapped, differentiated,
-    or changed between the calls of a compiled update without recompiling it; it counts at its own value, so that
-    a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with `torch.func.vmap`, give them
-    stacked, as a 1-dim tensor. Flags are part of the tree's structure.
+    Each number is a Python number or a 0-dim tensor, or a pytree of them that is a prefix of `params`: what stands at
+    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`. A tensor can be mapped,
+    differentiated, or changed between the calls of a compiled update without recompiling it; it counts at its own
+    value, so that a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with `torch.func.vmap`, give
+    them stacked, as a 1-dim tensor. Numbers are the leaves of this pytree, flags are part of its structure.
 
     Values are checked here, once. Rebuilding from leaves (`vmap`, `grad`, `tree_map`) checks nothing, because the
     leaves may then be gradients or placeholders. A tensor on an accelerator, or one that is traced, mapped or
@@ -57,10 +60,10 @@ class AdamHparams:
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980.
     """
 
-    lr: Scalar = 1e-3
-    betas: tuple[Scalar, Scalar] = (0.9, 0.999)
-    eps: Scalar = 1e-8
-    weight_decay: Scalar = 0.0
+    lr: ScalarTree = 1e-3
+    betas: tuple[ScalarTree, ScalarTree] = (0.9, 0.999)
+    eps: ScalarTree = 1e-8
+    weight_decay: ScalarTree = 0.0
     amsgrad: bool = False
     maximize: bool = False
     decoupled_weight_decay: bool = False
@@ -70,21 +73,22 @@ class AdamHparams:
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
             raise ValueError(f"Invalid betas: {betas!r}. Expected a pair of numbers (beta1, beta2).")
         object.__setattr__(self, "betas", tuple(betas))  # pyright: ignore[reportUnknownArgumentType]
-        _check_range(self.lr, "hparams.lr", "learning rate")
-        _check_range(self.betas[0], "hparams.betas[0]", "beta parameter at index 0", below=1.0)
-        _check_range(self.betas[1], "hparams.betas[1]", "beta parameter at index 1", below=1.0)
-        _check_range(self.eps, "hparams.eps", "epsilon value")
-        _check_range(self.weight_decay, "hparams.weight_decay", "weight_decay value")
+        _check_range(self.lr, NUMBER_NAMES[0], "learning rate")
+        _check_range(self.betas[0], NUMBER_NAMES[1], "beta parameter at index 0", below=1.0)
+        _check_range(self.betas[1], NUMBER_NAMES[2], "beta parameter at index 1", below=1.0)
+        _check_range(self.eps, NUMBER_NAMES[3], "epsilon value")
+        _check_range(self.weight_decay, NUMBER_NAMES[4], "weight_decay value")
         for name in _FLAGS:
             flag: Any = getattr(self, name)
             if not isinstance(flag, bool):
                 raise TypeError(f"hparams.{name} is {flag!r}. Expected True or False: flags are structure, not data.")
 
-    def numbers(self) -> tuple[Scalar, Scalar, Scalar, Scalar, Scalar]:
+    def numbers(self) -> tuple[ScalarTree, ScalarTree, ScalarTree, ScalarTree, ScalarTree]:
         """lr, beta1, beta2, eps, weight_decay."""
         return self.lr, *self.betas, self.eps, self.weight_decay
 
 
+NUMBER_NAMES = ("hparams.lr", "hparams.betas[0]", "hparams.betas[1]", "hparams.eps", "hparams.weight_decay")
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 
@@ -108,19 +112,37 @@ def check_hparams_type(hparams: Any) -> None:
 
 
 def check_hparams(hparams: Any) -> None:
-    """Raise unless `hparams` holds single numbers: stacked or rebuilt hyperparameters may not."""
+    """Raise unless `hparams` holds single numbers or trees of them: stacked or rebuilt hyperparameters may not."""
     check_hparams_type(hparams)
-    for name, value in zip(("lr", "betas[0]", "betas[1]", "eps", "weight_decay"), hparams.numbers(), strict=True):
-        if type(value) is not float:
-            check_scalar(value, f"hparams.{name}")
+    for name, number in zip(NUMBER_NAMES, hparams.numbers(), strict=True):
+        if type(number) is float:
+            continue
+        for where, value in _leaves(number, name):
+            check_scalar(value, where)
             if isinstance(value, Tensor) and value.shape:
                 raise ValueError(
-                    f"hparams.{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor: "
+                    f"{where} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor: "
                     "map over stacked values with torch.func.vmap."
                 )
 
 
-def _check_range(value: Any, where: str, what: str, *, below: float = math.inf) -> None:
+def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
+    """The scalars of `number` and where they are."""
+    if isinstance(number, (Tensor, Real)):
+        return [(name, number)]
+    if is_tracing():  # where an error's path is not worth a treespec, which dynamo makes of no dict of constants
+        return [(name, leaf) for leaf in optree.tree_leaves(number, none_is_leaf=True)]
+    leaves, treespec = optree.tree_flatten(number, none_is_leaf=True)
+    return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
+
+
+def _check_range(number: ScalarTree, where: str, what: str, *, below: float = math.inf) -> None:
+    for place, value in _leaves(number, where):
+        path = place.removeprefix(where)
+        _check_one(value, place, f"{what} at {path}" if path else what, below)
+
+
+def _check_one(value: Any, where: str, what: str, below: float) -> None:
     check_scalar(value, where)
     if isinstance(value, Tensor):
         if not is_readable(value):

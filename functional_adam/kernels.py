@@ -23,8 +23,8 @@ _fused_adamw_: Any = getattr(torch, "_fused_adamw_", None)
 _FUSED_DEVICES = ("cpu", "cuda")  # where its meaning was checked
 
 
-def obstacle(kernel: str, devices: set[torch.device], scalars: Scalars) -> str | None:
-    """Why `kernel` cannot run on leaves on `devices` with `scalars`, or None if it can."""
+def obstacle(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]) -> str | None:
+    """Why `kernel` cannot run on leaves on `devices` with sets of `scalars`, or None if it can."""
     if kernel == "foreach" and not hasattr(torch, "_foreach_addcdiv_"):
         return "this torch has no torch._foreach_addcdiv_"
     if kernel == "fused":
@@ -34,8 +34,8 @@ def obstacle(kernel: str, devices: set[torch.device], scalars: Scalars) -> str |
             if device.type not in _FUSED_DEVICES:
                 return f"there are leaves on {device}, and it runs on {' and '.join(_FUSED_DEVICES)} only"
         for name in ("beta1", "beta2", "eps", "weight_decay"):
-            value = getattr(scalars, name)
-            if isinstance(value, Tensor) and not is_host_memory(value):
+            values = [getattr(h, name) for h in scalars]
+            if any(isinstance(x, Tensor) and not is_host_memory(x) for x in values):
                 return f"{name} is a tensor on an accelerator, and it takes numbers only (lr may be a tensor)"
     return None
 
@@ -46,7 +46,7 @@ def check_kernel_name(kernel: str) -> None:
         raise ValueError(f"kernel is {kernel!r}. Expected one of {', '.join(map(repr, KERNELS))}.")
 
 
-def select_kernel(kernel: str, devices: set[torch.device], scalars: Scalars) -> str:
+def select_kernel(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]) -> str:
     """The kernel that will run: the one asked for, or for "auto" the fastest that can."""
     if kernel == "auto":
         return next(k for k in ("fused", "foreach", "single") if obstacle(k, devices, scalars) is None)

@@ -21,11 +21,26 @@ def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> lis
         raise ValueError(f"{message} {name} must have the structure of params.") from None
 
 
-def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) -> str | None:
-    """The first place where the nodes of `params` are not met by `tree`, in a sentence."""
+def broadcast_prefix(prefix: Any, name: str, params: Any) -> list[Any]:
+    """For each leaf of `params` the leaf of `prefix` that stands at or above it."""
+
+    def repeat(leaf: Any, subtree: Any) -> list[Any]:
+        return [leaf] * len(optree.tree_leaves(subtree))
+
+    try:
+        # By tree_map, since dynamo makes no treespec of a dict of constants (torch 2.13).
+        repeated: Any = optree.tree_map(repeat, prefix, params)
+    except ValueError as error:
+        message = _difference(prefix, params, optree.PyTreeAccessor(), "params", name) or f"{name}: {error}"
+        raise ValueError(f"{message} {name} must be a number or a pytree prefix of params.") from None
+    return optree.tree_leaves(repeated)
+
+
+def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str, model: str = "params") -> str | None:
+    """The first place where the nodes of `params`, called `model`, are not met by `tree`, in a sentence."""
     if params is not None and optree.tree_is_leaf(params):
         return None
-    here, there = at.codify(name), at.codify("params")
+    here, there = at.codify(name), at.codify(model)
     if params is None:
         return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
     expected: Any = _one_level(params)
@@ -48,7 +63,7 @@ def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str) ->
         return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
     for key, param, child in zip(expected.entries, expected.children, children, strict=True):
         entry = expected.path_entry_type(key, expected.type, expected.kind)
-        found = _difference(param, child, at + entry, name)
+        found = _difference(param, child, at + entry, name, model)
         if found:
             return found
     return None

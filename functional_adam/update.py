@@ -7,7 +7,7 @@ from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
 from functional_adam.donation import check_donation, is_surely_safe, release, replace_steps_
-from functional_adam.equations import compute_dtype, update_leaf
+from functional_adam.equations import Scalars, compute_dtype, update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
 from functional_adam.leaves import Buffers, check_unsharded, local_shards, whole
@@ -136,9 +136,10 @@ def _requires_grad(given: Arguments) -> bool:
 def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
     """In place, on the buffers if they are donated, else on copies."""
     old, stays, traits = given.buffers, _read(given.found_inf), given.traits
-    scalars = given.scalars.map(_read)
-    is_ready = traits is not None and traits.is_ready
-    chosen = select_kernel(kernel, {traits.device} if traits else {param.device for param in old.params}, scalars)
+    read = {id(h): h.map(_read) for h in given.scalar_sets}
+    is_ready = traits is not None and traits.is_ready and len(read) == 1
+    devices = {traits.device} if traits else {param.device for param in old.params}
+    chosen = select_kernel(kernel, devices, [*read.values()])
     new = old if donate else old.with_flat(copies(old.flat, are_small=traits is not None and traits.are_small))
     if donate and traits is not None and len(given.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
@@ -148,9 +149,11 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     steps = _next_steps(given, advanced, stays)
     leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
     moving, grads = new, cast("list[Tensor]", given.grads)
+    scalars = [*read.values()] * len(grads) if len(read) == 1 else [read[id(h)] for h in given.scalars]
     if not given.is_whole:
         indices = [index for index, grad in enumerate(given.grads) if grad is not None]
         moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
+        scalars = [scalars[i] for i in indices]
     if stays is not True and grads:
         if traits is None:
             moving, grads = local_shards(moving, grads)
@@ -159,7 +162,7 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
             moving,
             grads,
             leaf_steps,
-            [scalars] * len(grads),
+            scalars,
             grad_scale=_read(given.grad_scale),
             found_inf=stays if isinstance(stays, Tensor) else None,
             is_ready=is_ready,
@@ -189,24 +192,25 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
         steps = [step + 1 for step in given.steps]
         for index, grad in grads.items():
             step = steps[0 if given.is_step_shared else index]
-            rows[index] = update_leaf(rows[index], grad, step, given.scalars, given.grad_scale)
+            rows[index] = update_leaf(rows[index], grad, step, given.scalars[index], given.grad_scale)
     else:
-        chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, given.scalars)
+        sets = given.scalar_sets
+        chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, sets)
         steps = [advance(step) for step in given.steps]
-        if given.traits is not None and given.is_whole and stays is None:
+        if given.traits is not None and given.is_whole and stays is None and len(sets) == 1:
             every, is_ready = [*grads.values()], given.traits.is_ready
             new = differentiable_update(
-                chosen, given.buffers, every, given.steps, given.scalars, given.grad_scale, is_ready=is_ready
+                chosen, given.buffers, every, given.steps, sets[0], given.grad_scale, is_ready=is_ready
             )
             return new, steps
-        for indices in _alike(given.buffers, [*grads]):
+        for indices in _alike(given.buffers, given.scalars, [*grads]):
             leaves = given.buffers.take(indices)
             new = differentiable_update(
                 chosen,
                 leaves,
                 [grads[i] for i in indices],
                 given.steps if given.is_step_shared else [given.steps[i] for i in indices],
-                given.scalars,
+                given.scalars[indices[0]],
                 given.grad_scale,
                 is_ready=False,
             )
@@ -221,13 +225,11 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
     return result, _next_steps(given, steps, stays)
 
 
-def _alike(buffers: Buffers, indices: list[int]) -> list[list[int]]:
-    """`indices` in groups of one device and dtype."""
-    if len({x.dtype for x in buffers.flat}) == 1 == len({x.device for x in buffers.params}):
-        return [indices] if indices else []
+def _alike(buffers: Buffers, scalars: list[Scalars], indices: list[int]) -> list[list[int]]:
+    """`indices` in groups of one device, dtype and set of scalars."""
     groups: dict[Any, list[int]] = {}
     for i, row in zip(indices, buffers.take(indices).rows(), strict=True):
-        groups.setdefault((row[0].device, compute_dtype(*row)), []).append(i)
+        groups.setdefault((row[0].device, compute_dtype(*row), id(scalars[i])), []).append(i)
     return [*groups.values()]
 
 

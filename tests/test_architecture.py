@@ -44,6 +44,9 @@ IMPORTS = {
         *("arguments", "donation", "equations", "hparams", "kernels", "leaves", "recycling", "rules", "state"),
         "tracking",
     },
+    "transformation": {"hparams", "kernels", "state", "trees", "update"},
+    "checkpoint": {"donation", "hparams", "leaves", "state"},
+    "torch_state": {"arguments", "checkpoint", "hparams", "state"},
     "adapter": {"hparams", "kernels", "state", "update"},
     "distributed.registration": {"adapter"},
     "distributed.rpc": {"distributed.registration"},
@@ -55,11 +58,15 @@ IMPORTS = {
         "distributed.registration",
         "distributed.rpc",
     },
-    "__init__": {"adapter", "hparams", "state", "update"},
+    "__init__": {"adapter", "checkpoint", "hparams", "state", "torch_state", "update"},
 }
 PACKAGES = [module for module in IMPORTS if module.endswith("__init__")]
 
-PUBLIC_NAMES = {"AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update"}
+PUBLIC_NAMES = {
+    *("AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update"),
+    *("from_torch_state_dict", "state_from_dict", "state_to_dict", "to_torch_state_dict"),
+    "transformation",
+}
 
 # Private torch names by the one file that may use them.
 PRIVATE_TORCH = {

@@ -1,0 +1,163 @@
+"""The state as a flat dict of tensors, for torch.save, torch.distributed.checkpoint and safetensors, both ways."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, cast
+
+import optree
+import torch
+from optree import PyTreeSpec
+from torch import Tensor
+
+from functional_adam.donation import is_spent
+from functional_adam.hparams import AdamHparams
+from functional_adam.leaves import DTYPES
+from functional_adam.state import AdamState, TensorTree, adam_init
+
+_FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
+
+
+def state_to_dict(state: AdamState) -> dict[str, Tensor]:
+    """The state as a flat dict of contiguous tensors, for `torch.save`, torch.distributed.checkpoint or safetensors.
+
+    A key is the path of its tensor as Python code: `"exp_avg['layer'][0]"`. A shared step is `"step"`. The key
+    `"format"` holds the number of this format. Hyperparameters are not in it.
+
+    Args:
+        state: any state, also a stacked one.
+
+    Returns:
+        A dict of tensors that share no memory with `state`, nor with each other.
+
+    Raises:
+        TypeError: `state` is no AdamState.
+        ValueError: two keys of a tree have the same `repr`.
+        RuntimeError: the state was donated.
+
+    Example:
+        >>> state = adam_init({"w": torch.ones(2)}, AdamHparams())
+        >>> list(state_to_dict(state))
+        ['format', 'step', "exp_avg['w']", "exp_avg_sq['w']"]
+    """
+    if not isinstance(state, AdamState):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"state is of type {type(state).__name__}, expected an AdamState.")
+    flat = {"format": torch.tensor(_FORMAT, device="cpu")}
+    for field, path, tensor in _fields_and_paths(state):
+        if field == "step" and is_spent(tensor):
+            raise RuntimeError(f"state.step{path} is empty: this state was donated. Use the state that came back.")
+        if field + path in flat:
+            raise ValueError(f"Two leaves of state.{field} have the path {path}. Use keys that differ in their repr.")
+        # safetensors refuses what shares memory or is strided; a bit for negation is lost on the way.
+        flat[field + path] = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return flat
+
+
+def state_from_dict(flat: Mapping[str, Tensor], params: TensorTree, hparams: AdamHparams) -> AdamState:
+    """The state that :func:`state_to_dict` took apart; its inverse.
+
+    Args:
+        flat: the dict.
+        params: pytree of tensors that the state belongs to, in units U. A stacked state needs its stacked params.
+        hparams: decides, by `amsgrad`, which moments there are.
+
+    Returns:
+        A state of copies with the devices and layouts of `params`, of the dtypes in `flat`.
+
+    Raises:
+        TypeError: `flat` is no mapping, or something in it no tensor of a fitting dtype.
+        ValueError: it is of an unknown format; a key is missing or superfluous; a shape or step is wrong.
+
+    Example:
+        >>> params, hparams = {"w": torch.ones(2)}, AdamHparams()
+        >>> state_from_dict(state_to_dict(adam_init(params, hparams)), params, hparams).exp_avg
+        {'w': tensor([0., 0.])}
+    """
+    _check_format(flat)
+    template = adam_init(params, hparams, per_leaf_step="step" not in flat)
+    places = {field + path: (field, path, leaf) for field, path, leaf in _fields_and_paths(template)}
+    missing = [key for key in places if key not in flat]
+    extra = [key for key in flat if key not in places and key != "format"]
+    if missing or extra:
+        faults = [f"lacks {listed(missing)}"] * bool(missing) + [f"has the extra {listed(extra)}"] * bool(extra)
+        raise ValueError(
+            f"flat {' and '.join(faults)}. Give the params that the state was made with, and hparams with its amsgrad."
+        )
+    moments = [leaf for field, _, leaf in places.values() if field == "exp_avg"]
+    values: list[Tensor] = []
+    for key, (field, path, place) in places.items():
+        where = f"flat[{key!r}]"
+        if field == "step":
+            counted = [places[f"exp_avg{path}"][2]] if path else moments
+            values.append(_step_like(place, flat[key], where, counted))
+        else:
+            values.append(copy_into(place, flat[key], where, f"params{path}"))
+    structure: PyTreeSpec = optree.tree_structure(cast("Any", template))
+    return cast("AdamState", structure.unflatten(values))
+
+
+def _fields_and_paths(state: AdamState) -> list[tuple[str, str, Tensor]]:
+    """The tensors of `state`, each with its field and its path in that."""
+    tree: Any = state
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    return [
+        (AdamState._fields[accessor[0].entry], accessor[1:].codify(""), leaf)
+        for accessor, leaf in zip(accessors, leaves, strict=True)
+    ]
+
+
+def _check_format(flat: Any) -> None:
+    if not isinstance(flat, Mapping):
+        raise TypeError(f"flat is of type {type(flat).__name__}, expected a dict of tensors, as state_to_dict makes.")
+    number = flat.get("format")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    if not isinstance(number, Tensor) or number.numel() != 1:
+        raise ValueError("flat has no number under 'format'. Expected a dict that state_to_dict has made.")
+    if number.item() != _FORMAT:
+        raise ValueError(
+            f"flat is of format {number.item()}, but this version reads format {_FORMAT}. Load it with the version "
+            "that wrote it, or a later one."
+        )
+
+
+def copy_into(place: Tensor, value: Any, where: str, like: str) -> Tensor:
+    """A copy of `value` with the device and layout of `place`, and its own dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where} is of type {type(value).__name__}, expected a tensor.")
+    if value.layout is not torch.strided or value.dtype not in DTYPES or value.is_complex() != place.is_complex():
+        kind = "complex" if place.is_complex() else "real floating"
+        raise TypeError(
+            f"{where} is a tensor of {value.dtype} and {value.layout}, expected a dense {kind} one as {like} is."
+        )
+    if value.shape != place.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(value.shape)}, but {like} has {tuple(place.shape)}. "
+            "Give the params that the state was made with, in the same order."
+        )
+    return torch.empty_like(place, dtype=value.dtype).copy_(value.detach())
+
+
+def read_step(value: Any, where: str) -> Tensor:
+    """`value` as a float32 tensor, if it counts something."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+        raise TypeError(f"{where} is of type {type(value).__name__}, expected a number or a tensor.")
+    step = torch.as_tensor(value).detach()  # pyright: ignore[reportUnknownMemberType]
+    if step.is_complex() or step.dtype is torch.bool:
+        raise TypeError(f"{where} is of {step.dtype}, expected a real number or tensor.")
+    step = step.to(torch.float32)
+    if not bool(((step >= 0) & (step == step.floor()) & step.isfinite()).all()):
+        raise ValueError(f"{where} is {value}, expected a whole number of updates, 0 or more.")
+    return step
+
+
+def _step_like(place: Tensor, value: Any, where: str, moments: Sequence[Tensor]) -> Tensor:
+    """A copy of `value` on the device of `place`; it is stacked only if the `moments` that it counts for are."""
+    step = read_step(value, where)
+    if any(moment.shape[: step.dim()] != step.shape for moment in moments) or (step.dim() and not moments):
+        raise ValueError(f"{where} has shape {tuple(step.shape)}, expected () or the leading dimensions of params.")
+    # Members that agree share one number, as after vmap(adam_init): one kernel call then serves them all.
+    agree = step.numel() > 0 and bool((step == step.flatten()[0]).all())
+    return (step.flatten()[0] if agree else step).to(place.device, copy=True).expand(step.shape)
+
+
+def listed(items: Sequence[Any]) -> str:
+    """The first few of `items`, for an error."""
+    return ", ".join(map(repr, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

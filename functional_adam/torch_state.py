@@ -1,0 +1,276 @@
+"""The state as torch.optim keeps it: state dicts of Adam and AdamW, both ways."""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, cast
+
+import optree
+from optree import PyTreeSpec
+from torch import Tensor
+
+from functional_adam.arguments import Arguments, flatten_arguments
+from functional_adam.checkpoint import copy_into, listed, read_step
+from functional_adam.hparams import AdamHparams, check_hparams
+from functional_adam.state import AdamState, TensorTree, adam_init
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+
+
+def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHparams) -> dict[str, Any]:
+    """The `state_dict()` of a `torch.optim.Adam` or `AdamW` that had made the same updates.
+
+    The index of a parameter is its place in `params` in the order of insertion, which for
+    `dict(model.named_parameters())` is that of `model.parameters()`. Leaves that share all hyperparameters are a group;
+    groups come in the order of their first leaf, and the index counts through them, as in torch. Kernel flags are
+    those of a new optimizer: set `fused` or `foreach` in the groups before `load_state_dict`, which takes them from
+    there.
+
+    Args:
+        params: pytree of tensors, in units U.
+        state: a state of `params`, not stacked.
+        hparams: the hyperparameters, of each leaf.
+
+    Returns:
+        `{"state": {index: {"step", "exp_avg", "exp_avg_sq"[, "max_exp_avg_sq"]}}, "param_groups": [group, ...]}`.
+        Tensors are copies; each step is a float32 tensor of shape () of its own, on the CPU, as torch keeps it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `adam_update`, if the arguments do not fit together.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> hparams = AdamHparams(lr=0.1)
+        >>> _, state = adam_update(weight.detach(), torch.ones(2), adam_init(weight, hparams), hparams)
+        >>> optimizer = torch.optim.Adam([weight])
+        >>> optimizer.load_state_dict(to_torch_state_dict(weight, state, hparams))
+        >>> optimizer.state[weight]["step"], optimizer.param_groups[0]["lr"]
+        (tensor(1.), 0.1)
+
+    Source: `torch.optim.Optimizer.state_dict`.
+    """
+    # Parameters are as good as gradients for the checks.
+    given = flatten_arguments(params, params, state, hparams, None, None)
+    columns = [column for column in given.buffers[1:] if column]
+    leaves_of: dict[int, list[int]] = {}
+    for index in _insertion_order(given.treespec):
+        leaves_of.setdefault(id(given.scalars[index]), []).append(index)
+    entries: dict[int, dict[str, Tensor]] = {}
+    groups: list[dict[str, Any]] = []
+    flags = {name: getattr(hparams, name) for name in _FLAGS}
+    flags |= {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+    for leaves in leaves_of.values() or [[]]:
+        lr, *betas, eps, weight_decay = given.scalars[leaves[0]][:5] if leaves else given.scalar_sets[0][:5]
+        numbers = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        places = [len(entries) + i for i in range(len(leaves))]
+        groups.append({**{name: _own(x) for name, x in numbers.items()}, **flags, "params": places})
+        for place, index in zip(places, leaves, strict=True):
+            entries[place] = _entry(given, columns, index)
+    return {"state": entries, "param_groups": groups}
+
+
+def _entry(given: Arguments, columns: list[list[Tensor]], index: int) -> dict[str, Tensor]:
+    """What torch.optim keeps for a parameter."""
+    step = given.steps[0 if given.is_step_shared else index].detach().to("cpu", copy=True)
+    moments = {name: column[index].detach().clone() for name, column in zip(_MOMENTS, columns, strict=False)}
+    return {"step": step, **moments}
+
+
+def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> tuple[AdamState, AdamHparams]:
+    """The state and hyperparameters of a `torch.optim.Adam` or `AdamW`; the inverse of :func:`to_torch_state_dict`.
+
+    Where the groups carry `param_names`, and keys of `params` are strings, parameters are found by name: the keys of
+    a path joined by dots. Else index i is the i-th leaf in the order of insertion; with several groups that is the
+    order in which the optimizer got them.
+
+    All leaves share one step if each has a state and their steps are equal. Else each has its own, as with
+    `adam_init(..., per_leaf_step=True)`; one without a state begins at step 0. Either continues as torch does.
+
+    Args:
+        params: pytree of tensors, in units U.
+        state_dict: from `state_dict()`. Steps may be tensors or numbers. A dict of an `AdamW` that was written before
+            torch had `decoupled_weight_decay` in it gives False.
+
+    Returns:
+        `(state, hparams)`. A number in which groups differ is a tree like params. Moments are copies with the device
+        and layout of their parameter, of the dtype that they had; the steps are float32.
+
+    Raises:
+        TypeError: something in `state_dict` is of the wrong type.
+        ValueError: an index, name or entry is missing, superfluous or there twice; a shape or step is wrong; groups
+            differ in a flag.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        >>> state, hparams = from_torch_state_dict(dict(model.named_parameters()), optimizer.state_dict())
+        >>> hparams.lr, hparams.weight_decay, hparams.decoupled_weight_decay
+        (0.1, 0.01, True)
+
+    Source: `torch.optim.Optimizer.load_state_dict`.
+    """
+    treespec = optree.tree_structure(params)
+    groups, entries = _parts(state_dict)
+    leaf_of = _leaf_of(treespec, groups)
+    hparams = _hparams_of(groups, leaf_of, treespec)
+    check_hparams(hparams)
+    unknown = [key for key in entries if key not in leaf_of]
+    if unknown:
+        raise ValueError(f"state_dict['state'] has {listed(unknown)}, which no group lists. Take them out.")
+    given = {leaf_of[key]: (f"state_dict['state'][{key!r}]", entry) for key, entry in entries.items() if entry}
+    for where, entry in given.values():
+        _check_entry(entry, where, hparams)
+    steps = {index: read_step(entry["step"], f"{where}['step']") for index, (where, entry) in given.items()}
+    for index, step in steps.items():
+        if step.shape != ():
+            raise ValueError(f"{given[index][0]}['step'] has shape {tuple(step.shape)}, expected ().")
+    devices = {leaf.device for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor)}
+    is_shared = len(steps) == treespec.num_leaves and len({*map(float, steps.values())}) <= 1 >= len(devices)
+
+    state = adam_init(params, hparams, per_leaf_step=not is_shared)
+    paths, moments = treespec.accessors(), dict[str, Any]()
+    for name in _MOMENTS if hparams.amsgrad else _MOMENTS[:2]:
+        column: list[Any] = treespec.flatten_up_to(getattr(state, name))
+        for index, (where, entry) in given.items():
+            column[index] = copy_into(column[index], entry[name], f"{where}[{name!r}]", paths[index].codify("params"))
+        moments[name] = treespec.unflatten(column)
+    zeros: list[Any] = [state.step] if is_shared else treespec.flatten_up_to(state.step)
+    placed = [steps[i].to(zero.device, copy=True) if i in steps else zero for i, zero in enumerate(zeros)]
+    return state._replace(step=placed[0] if is_shared else treespec.unflatten(placed), **moments), hparams
+
+
+def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict[str, Any]]]:
+    """The groups and the entries of `state_dict`, if it looks like one of torch.optim."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is of type {type(state_dict).__name__}, expected the dict of state_dict().")
+    found: dict[str, Any] = dict(state_dict)  # pyright: ignore[reportUnknownArgumentType]
+    if not {"state", "param_groups"} <= found.keys():
+        raise ValueError(
+            f"state_dict has the keys {listed(list(found))}, expected 'state' and 'param_groups'. "
+            "Give what state_dict() of an optimizer returned."
+        )
+    entries, groups = found["state"], found["param_groups"]
+    if not isinstance(entries, Mapping) or not isinstance(groups, (list, tuple)):
+        got = f"{type(entries).__name__} and {type(groups).__name__}"  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(f"state_dict has a 'state' and 'param_groups' of types {got}, expected a dict and a list.")
+    parts: list[tuple[str, Any]] = [(f"['param_groups'][{i}]", x) for i, x in enumerate(groups)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    parts += [(f"['state'][{key!r}]", x) for key, x in entries.items()]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    for where, part in parts:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"state_dict{where} is of type {type(part).__name__}, expected a dict.")
+    if not groups:
+        raise ValueError("state_dict['param_groups'] is empty, expected a list with at least one group.")
+    for index, group in enumerate(groups):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        ids = group.get("params")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(x, (int, str)) for x in ids):  # pyright: ignore[reportUnknownVariableType]
+            raise TypeError(f"state_dict['param_groups'][{index}]['params'] is {ids!r}, expected a list of indices.")
+    return list(groups), dict(entries)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _hparams_of(
+    groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec
+) -> AdamHparams:
+    """The hyperparameters of all groups; a number in which they differ becomes a tree like params."""
+    owner = {leaf_of[key]: index for index, group in enumerate(groups) for key in group["params"]}
+
+    def number(values: list[Any]) -> Any:
+        if all(_plain(value) == _plain(values[0]) for value in values):
+            return _own(values[0])
+        return treespec.unflatten([_own(values[owner[leaf]]) for leaf in range(treespec.num_leaves)])
+
+    for index, group in enumerate(groups):
+        missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+        if missing:
+            raise ValueError(
+                f"state_dict['param_groups'][{index}] has no {missing[0]!r}. Expected a group of Adam or AdamW."
+            )
+        betas: Any = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
+            raise ValueError(f"state_dict['param_groups'][{index}]['betas'] is {betas!r}, expected a pair of numbers.")
+    flags = {name: [bool(group.get(name, False)) for group in groups] for name in _FLAGS}  # torch got them later
+    for name, values in flags.items():
+        if len({*values}) > 1:
+            raise ValueError(
+                f"state_dict['param_groups'] differ in {name!r}: {values}. It is one for all parameters: make the "
+                "groups agree, or load each into a state of its own."
+            )
+    return AdamHparams(
+        lr=number([group["lr"] for group in groups]),
+        betas=(number([group["betas"][0] for group in groups]), number([group["betas"][1] for group in groups])),
+        eps=number([group["eps"] for group in groups]),
+        weight_decay=number([group["weight_decay"] for group in groups]),
+        amsgrad=flags["amsgrad"][0],
+        maximize=flags["maximize"][0],
+        decoupled_weight_decay=flags["decoupled_weight_decay"][0],
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` with Python numbers for tensors, to be compared."""
+    if isinstance(value, (tuple, list)):
+        return [*map(_plain, value)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return cast("Any", value).tolist() if isinstance(value, Tensor) else value
+
+
+def _own(value: Any) -> Any:
+    """A hyperparameter, or a pair of them, in memory of its own; to torch a tensor of one element is a number."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_own, value))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().reshape(()) if value.numel() == 1 else value
+
+
+def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
+    """The leaf of params that each id in the groups stands for, by its name or by its place."""
+    ids: list[Any] = [key for group in groups for key in group.get("params", ())]
+    # torch.distributed.checkpoint writes names instead of indices.
+    labels = ids if all(isinstance(x, str) for x in ids) else [x for g in groups for x in g.get("param_names") or ()]
+    paths = [[getattr(entry, "field", entry.entry) for entry in accessor] for accessor in treespec.accessors()]
+    if labels and any(isinstance(entry, str) for path in paths for entry in path):
+        leaf_of: dict[Hashable, int] = {".".join(map(str, path)): index for index, path in enumerate(paths)}
+        if len(leaf_of) != len(paths):
+            raise ValueError(
+                "Two leaves of params have one name, so that they cannot be found by the names in state_dict. Rename "
+                "one, or take 'param_names' out of the groups to go by the order of params."
+            )
+        what = "names"
+    else:
+        labels, what = ids, "indices"
+        leaf_of = dict(enumerate(_insertion_order(treespec)))
+    counts = Counter(labels)
+    missing = [label for label in leaf_of if label not in counts]
+    extra = [label for label in counts if label not in leaf_of]
+    twice = [label for label, count in counts.items() if count > 1]
+    faults = [f"{text} {listed(x)}" for text, x in (("lack", missing), ("add", extra), ("repeat", twice)) if x]
+    if faults or len({*ids}) != len(labels):
+        raise ValueError(
+            f"The {what} in state_dict['param_groups'] do not match the {len(paths)} leaves of params: they "
+            f"{' and '.join(faults) or 'repeat an index'}. Give the parameters of the optimizer"
+            + (", or take 'param_names' out of the groups to go by their order." if what == "names" else ".")
+        )
+    return {key: leaf_of[label] for key, label in zip(ids, labels, strict=True)}
+
+
+def _insertion_order(treespec: PyTreeSpec) -> list[int]:
+    """The indices of leaves as `model.parameters()` has them: by insertion of keys, where optree sorts them."""
+
+    def walk(tree: Any) -> list[int]:
+        if tree is None or isinstance(tree, int):
+            return [] if tree is None else [tree]
+        if isinstance(tree, dict):
+            return [index for child in cast("dict[Any, Any]", tree).values() for index in walk(child)]
+        return [index for child in optree.tree_flatten_one_level(tree).children for index in walk(child)]
+
+    return walk(treespec.unflatten(range(treespec.num_leaves))) if treespec.num_leaves else []
+
+
+def _check_entry(entry: Mapping[str, Any], where: str, hparams: AdamHparams) -> None:
+    """Raise ValueError unless `entry` is what Adam keeps for a parameter."""
+    names = ("step", *(_MOMENTS if hparams.amsgrad else _MOMENTS[:2]))
+    missing = [name for name in names if name not in entry]
+    # As in torch, the maximum stays behind where amsgrad was switched off.
+    extra = [name for name in entry if name not in ("step", *_MOMENTS)]
+    if missing or extra:
+        faults = [f"lacks {listed(missing)}"] * bool(missing) + [f"has the extra {listed(extra)}"] * bool(extra)
+        raise ValueError(f"{where} {' and '.join(faults)}. Expected {listed(names)}, as Adam and AdamW keep them.")

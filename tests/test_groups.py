@@ -1,0 +1,529 @@
+"""Numbers per subtree or leaf: as the param groups of `torch.optim`, one kernel call a set, under every transform."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+import torch._dynamo.config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad, hessian, jvp, vmap
+
+import functional_adam.kernels
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.oracles import KERNELS, TORCH_FLAGS
+from tests.strategies import PROPERTY, random_tensor, seeds, trees
+from tests.tolerances import assert_close, assert_equal
+
+
+class Block(NamedTuple):
+    weight: Any
+    bias: Any
+
+
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+DEFAULTS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+CASES: dict[str, dict[str, Any]] = {  # prefixes of `make_tree`
+    "lr_by_part": {"lr": {"head": 0.1, "layers": 0.01, "norm": 0.0}},
+    "lr_by_node": {"lr": {"head": 0.1, "layers": [0.01, 0.02], "norm": 0.3}, "weight_decay": 0.1},
+    "lr_by_leaf": {
+        "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": [Block(0.3, 0.4), Block(0.5, 0.6)], "norm": 0.7},
+        "beta1": 0.5,
+    },
+    "beta1": {"beta1": {"head": 0.0, "layers": [0.5, Block(0.9, 0.99)], "norm": 0.9}},
+    "beta2": {"beta2": {"head": {"b": 0.0, "w": 0.5}, "layers": 0.9, "norm": 0.999}},
+    "eps": {"eps": {"head": 1e-3, "layers": [Block(1e-8, 1.0), 1e-2], "norm": 10.0}},
+    "mask": {"weight_decay": {"head": {"b": 0, "w": 1}, "layers": [Block(0.1, 0.0)] * 2, "norm": 0.0}},
+    "all": {
+        "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": 0.3, "norm": 0.4},
+        "beta1": {"head": 0.9, "layers": [0.5, 0.9], "norm": 0.9},
+        "beta2": {"head": 0.99, "layers": [Block(0.9, 0.5), 0.9], "norm": 0.0},
+        "eps": {"head": 1e-8, "layers": 1e-3, "norm": 1e-8},
+        "weight_decay": {"head": {"b": 0.0, "w": 0.1}, "layers": [Block(0.2, 0.0), 0.3], "norm": 0.0},
+    },
+    "tensors": {
+        "lr": {"head": torch.tensor(0.1), "layers": [0.3, torch.tensor(0.2, dtype=torch.float64)], "norm": 1},
+        "beta1": {"head": 0.9, "layers": torch.tensor(0.8), "norm": 0.0},
+        "beta2": torch.tensor(0.99, dtype=torch.float64),
+        "eps": {"head": {"b": 1e-8, "w": torch.tensor(1e-3)}, "layers": 1e-8, "norm": 1e-8},
+        "weight_decay": {"head": torch.tensor(0.1), "layers": [0, torch.tensor(0.3)], "norm": 0.2},
+    },
+}
+FLAGS: dict[str, dict[str, bool]] = {
+    "adam": {},
+    "decoupled": {"decoupled_weight_decay": True},
+    "all_flags": {"amsgrad": True, "maximize": True, "decoupled_weight_decay": True},
+}
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+each_donate = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+each_case = pytest.mark.parametrize("case", CASES)
+each_flags = pytest.mark.parametrize("flags", FLAGS)
+
+
+def make_tree(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    shapes = {"head": {"b": (), "w": (5, 2)}, "layers": [Block((3, 4), (4,)), Block((4, 5), (5,))], "norm": (17,)}
+    leaves, treespec = optree.tree_flatten(shapes, is_leaf=lambda x: type(x) is tuple)
+    return treespec.unflatten(random_tensor(shape, dtype, 10 * seed + i) for i, shape in enumerate(leaves))
+
+
+def make_hparams(numbers: dict[str, Any], **flags: bool) -> AdamHparams:
+    lr, beta1, beta2, eps, weight_decay = (numbers.get(name, DEFAULTS[name]) for name in NUMBERS)
+    return AdamHparams(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, **flags)
+
+
+def rows_of(numbers: dict[str, Any], params: Any) -> list[tuple[Any, ...]]:
+    """lr, beta1, beta2, eps and weight_decay of each leaf."""
+    return [
+        *zip(*(optree.broadcast_prefix(numbers.get(name, DEFAULTS[name]), params) for name in NUMBERS), strict=True)
+    ]
+
+
+def torch_groups(
+    params: Any, gradients: list[Any], numbers: dict[str, Any], flags: dict[str, bool], kernel: str
+) -> tuple[Any, ...]:
+    """Parameters, moments and steps of `torch.optim` with one group per distinct set of numbers, as lists."""
+    leaves = [p.clone().requires_grad_() for p in optree.tree_leaves(params)]
+    groups: dict[tuple[float, ...], list[Tensor]] = {}
+    for leaf, row in zip(leaves, rows_of(numbers, params), strict=True):
+        groups.setdefault(tuple(float(x) for x in row), []).append(leaf)
+    flags = dict(flags)
+    is_decoupled = flags.pop("decoupled_weight_decay", False)
+    optimizer = (torch.optim.AdamW if is_decoupled else torch.optim.Adam)(
+        [
+            {"params": group, "lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
+            for (lr, beta1, beta2, eps, weight_decay), group in groups.items()
+        ],
+        **flags,
+        **TORCH_FLAGS[kernel],
+    )
+    for grads in gradients:
+        for leaf, gradient in zip(leaves, optree.tree_leaves(grads, none_is_leaf=True), strict=True):
+            leaf.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+    absent = {"step": torch.tensor(0.0)}  # torch makes no state for a leaf that it never moved
+    states = [optimizer.state[leaf] or {**absent, "exp_avg": torch.zeros_like(leaf)} for leaf in leaves]
+    return [p.detach() for p in leaves], [s["exp_avg"] for s in states], [s["step"] for s in states]
+
+
+def run(
+    params: Any, gradients: list[Any], hparams: AdamHparams, *, per_leaf_step: bool = False, **how: Any
+) -> tuple[Any, AdamState]:
+    params = optree.tree_map(torch.clone, params)
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    for grads in gradients:
+        params, state = adam_update(params, grads, state, hparams, **how)
+    return params, state
+
+
+def check_against_torch(got: tuple[Any, AdamState], expected: tuple[Any, ...]) -> None:
+    params, state = got
+    leaves = optree.tree_leaves(params)
+    steps = [state.step] * len(leaves) if isinstance(state.step, Tensor) else optree.tree_leaves(state.step)
+    assert_equal((leaves, optree.tree_leaves(state.exp_avg), steps), expected)
+
+
+# The numbers of torch.
+
+
+@each_kernel
+@each_donate
+@each_flags
+@each_case
+def test_prefixes_have_the_bits_of_param_groups(kernel: str, donate: bool, flags: str, case: str) -> None:
+    params, gradients = make_tree(), [make_tree(seed=seed) for seed in (1, 2, 3)]
+    expected = torch_groups(params, gradients, CASES[case], FLAGS[flags], kernel)
+    hparams = make_hparams(CASES[case], **FLAGS[flags])
+    check_against_torch(run(params, gradients, hparams, kernel=kernel, donate=donate), expected)
+
+
+@each_kernel
+@each_donate
+@pytest.mark.parametrize("case", ["lr_by_part", "all", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_leaves_without_gradient_stand_still_as_in_torch(
+    kernel: str, donate: bool, case: str, dtype: torch.dtype
+) -> None:
+    params, gradients = make_tree(dtype), [make_tree(dtype, seed) for seed in (1, 2, 3, 4)]
+    for t, grads in enumerate(gradients):
+        grads["norm"] = None  # frozen from the start
+        grads["head"]["w"] = grads["head"]["w"] if t == 1 else None
+        grads["layers"][0] = Block(None, None) if t > 1 else grads["layers"][0]
+    expected = torch_groups(params, gradients, CASES[case], {}, kernel)
+    hparams = make_hparams(CASES[case])
+    new, state = run(params, gradients, hparams, per_leaf_step=True, kernel=kernel, donate=donate)
+    check_against_torch((new, state), expected)
+    assert_equal(new["norm"], params["norm"])
+    assert [state.step["norm"], state.step["head"]["w"], state.step["layers"][0].bias] == [0, 1, 2]
+
+
+@each_kernel
+def test_an_lr_of_zero_is_not_frozen(kernel: str) -> None:
+    params, grads = make_tree(), make_tree(seed=1)
+    hparams = AdamHparams(lr={"head": 0.0, "layers": 0.1, "norm": 0.1})
+    new, state = run(params, [grads], hparams, per_leaf_step=True, kernel=kernel)
+    assert_equal(new["head"], params["head"])
+    assert state.step["head"]["w"] == 1
+    assert state.exp_avg["head"]["w"].abs().min() > 0
+
+
+@each_kernel
+@pytest.mark.parametrize("case", ["all", "tensors"])
+def test_a_skipped_or_scaled_update_with_prefixes_is_that_of_each_part(kernel: str, case: str) -> None:
+    params, grads = make_tree(), make_tree(seed=1)
+    hparams = make_hparams(CASES[case])
+    state = adam_init(params, hparams)
+    skipped = adam_update(params, grads, state, hparams, kernel=kernel, found_inf=torch.tensor(True))
+    assert_equal(skipped, (params, state))
+    scaled = optree.tree_map(lambda g: g * 8, grads)
+    got = adam_update(params, scaled, state, hparams, kernel=kernel, grad_scale=torch.tensor(8.0))
+    assert_equal(got, adam_update(params, grads, state, hparams, kernel=kernel))
+
+
+def test_a_prefix_of_one_leaf_is_the_number() -> None:
+    params, grads = make_tree(), make_tree(seed=1)
+    number = AdamHparams(lr=0.1)
+    tree = AdamHparams(lr=optree.tree_map(lambda _: 0.1, params))
+    assert_equal(run(params, [grads], tree), run(params, [grads], number))
+    assert_equal(run([], [[]], AdamHparams(lr=[])), run([], [[]], number))
+
+
+def test_inputs_stay_as_they_are() -> None:
+    params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES["tensors"])
+    state = adam_init(params, hparams)
+    given_tensors = [x for x in optree.tree_leaves((params, grads, state, hparams)) if isinstance(x, Tensor)]
+    before = [(x.clone(), x.data_ptr(), x._version) for x in given_tensors]
+    adam_update(params, grads, state, hparams)
+    for x, (value, pointer, version) in zip(given_tensors, before, strict=True):
+        assert torch.equal(x, value)
+        assert (x.data_ptr(), x._version) == (pointer, version)
+
+
+# One call a set.
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many leaves each call of the fused kernels gets."""
+    counts: list[int] = []
+
+    def counting(kernel: Callable[..., None]) -> Callable[..., None]:
+        def call(params: list[Tensor], *args: Any, **kwargs: Any) -> None:
+            counts.append(len(params))
+            kernel(params, *args, **kwargs)
+
+        return call
+
+    for name in ("_fused_adam_", "_fused_adamw_"):
+        monkeypatch.setattr(functional_adam.kernels, name, counting(getattr(functional_adam.kernels, name)))
+    return counts
+
+
+CALLS = {
+    "lr_by_part": [1, 2, 4],
+    "lr_by_node": [1, 2, 2, 2],
+    "lr_by_leaf": [1] * 7,
+    "mask": [1, 2, 4],  # 1 for head.w, 0.1 for two weights, 0 for the other four
+    "tensors": [1, 1, 1, 2, 2],
+}
+
+
+@each_donate
+@each_flags
+@pytest.mark.parametrize("case", CALLS)
+def test_the_kernel_is_called_once_per_distinct_set(calls: list[int], donate: bool, flags: str, case: str) -> None:
+    run(make_tree(), [make_tree(seed=1)], make_hparams(CASES[case], **FLAGS[flags]), donate=donate)
+    assert sorted(calls) == CALLS[case]
+
+
+@pytest.mark.parametrize("number", [lambda: 0.1, lambda: torch.tensor(0.1)], ids=["float", "tensor"])
+def test_equal_numbers_are_one_set(calls: list[int], number: Callable[[], Any]) -> None:
+    run(make_tree(), [make_tree(seed=1)], AdamHparams(lr=optree.tree_map(lambda _: number(), make_tree())))
+    assert calls == [7]
+
+
+def test_the_kernel_is_called_once_per_distinct_set_under_a_transform(calls: list[int]) -> None:
+    hparams, grads = make_hparams(CASES["mask"]), make_tree(seed=1)
+    state = adam_init(make_tree(), hparams)
+
+    def total(params: Any) -> Tensor:
+        return sum(x.sum() for x in optree.tree_leaves(adam_update(params, grads, state, hparams)[0]))
+
+    grad(total)(make_tree())
+    assert sorted(calls) == CALLS["mask"]
+    calls.clear()
+    stacked = optree.tree_map(lambda x: torch.stack([x, x]), (make_tree(), grads))
+    vmap(lambda p, g: adam_update(p, g, state, hparams))(*stacked)
+    assert sorted(calls) == CALLS["mask"]
+
+
+# Derivatives, mapping, compiling.
+
+
+def tensor_hparams(case: str = "all", **flags: bool) -> AdamHparams:
+    """All numbers as float64 tensors; eps is raised so that second derivatives are of moderate size."""
+    hparams = make_hparams({**CASES[case], "eps": {"head": 0.1, "layers": [0.2, 0.3], "norm": 0.4}}, **flags)
+    return optree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64), hparams)
+
+
+def divided(hparams: AdamHparams, by: int) -> AdamHparams:
+    return optree.tree_map(lambda x: x / by, hparams)
+
+
+def reference(params: Any, gradients: list[Any], hparams: AdamHparams) -> Tensor:
+    """A weighted sum of the parameters after an update by each of `gradients`, by the equations in float64."""
+    numbers = (hparams.lr, *hparams.betas, hparams.eps, hparams.weight_decay)
+    rows = [*zip(*(optree.broadcast_prefix(number, params) for number in numbers), strict=True)]
+    total = torch.zeros((), dtype=torch.float64)
+    columns = zip(optree.tree_leaves(params), rows, *(optree.tree_leaves(g) for g in gradients), strict=True)
+    for index, (p, (lr, beta1, beta2, eps, weight_decay), *grads) in enumerate(columns):
+        m = v = torch.zeros_like(p)
+        for t, g in enumerate(grads, start=1):
+            if hparams.decoupled_weight_decay:
+                p = p - lr * weight_decay * p
+            else:
+                g = g + weight_decay * p
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g * g
+            p = p - lr * m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        total = total + (p * torch.linspace(1, 2, p.numel(), dtype=p.dtype).reshape(p.shape)).sum() * (index + 1)
+    return total
+
+
+def ours(params: Any, gradients: list[Any], hparams: AdamHparams, **how: Any) -> Tensor:
+    state = adam_init(params, hparams)
+    for grads in gradients:
+        params, state = adam_update(params, grads, state, hparams, **how)
+    return sum(
+        (p * torch.linspace(1, 2, p.numel(), dtype=p.dtype).reshape(p.shape)).sum() * (index + 1)
+        for index, p in enumerate(optree.tree_leaves(params))
+    )
+
+
+@each_kernel
+@pytest.mark.parametrize("decoupled_weight_decay", [False, True], ids=["coupled", "decoupled"])
+def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
+    kernel: str, decoupled_weight_decay: bool
+) -> None:
+    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
+    hparams = tensor_hparams(decoupled_weight_decay=decoupled_weight_decay)
+    got = grad(lambda h: ours(params, gradients, h, kernel=kernel))(hparams)
+    expected = grad(lambda h: reference(params, gradients, h))(hparams)
+    assert optree.tree_structure(got) == optree.tree_structure(hparams)
+    assert_close(got, expected)
+    assert all(x.abs() > 0 for x in optree.tree_leaves(got.lr))
+
+
+@each_kernel
+def test_forward_derivatives_by_the_trees_agree_with_the_equations(kernel: str) -> None:
+    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
+    hparams = tensor_hparams()
+    tangents = optree.tree_map(lambda x: x + 0.1, hparams)
+    got = jvp(lambda h: ours(params, gradients, h, kernel=kernel), (hparams,), (tangents,))
+    assert_close(got, jvp(lambda h: reference(params, gradients, h), (hparams,), (tangents,)))
+    assert got[1].abs() > 0
+
+
+def test_second_derivatives_by_a_tree_agree_with_the_equations() -> None:
+    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
+    lr, decay = tensor_hparams().lr, {"head": 0.1, "layers": 0.2, "norm": 0.3}
+
+    def by_lr(f: Callable[..., Tensor]) -> Callable[[Any], Tensor]:
+        return lambda lr: f(params, gradients, AdamHparams(lr=lr, eps=0.1, weight_decay=decay))
+
+    got = hessian(by_lr(ours))(lr)
+    assert_close(got, hessian(by_lr(reference))(lr))
+    assert got["norm"]["norm"].abs() > 0
+
+
+def test_autograd_reaches_every_leaf_of_a_tree() -> None:
+    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, 1)]
+    hparams = optree.tree_map(lambda x: x.clone().requires_grad_(), tensor_hparams())
+    ours(params, gradients, hparams).backward()
+    expected = grad(lambda h: reference(params, gradients, h))(optree.tree_map(torch.detach, hparams))
+    assert_close(optree.tree_map(lambda x: x.grad, hparams), expected)
+
+
+@each_kernel
+@pytest.mark.parametrize("name", ["lr", "beta1", "beta2", "eps", "weight_decay"])
+def test_mapping_over_a_tree_of_stacked_numbers_equals_a_loop(kernel: str, name: str) -> None:
+    params, grads = make_tree(torch.float64), make_tree(torch.float64, 1)
+    values = torch.linspace(0.1, 0.5, 3, dtype=torch.float64)
+    members = {"head": {"b": values, "w": values / 2}, "layers": values / 3, "norm": 0.25}
+
+    def update(value: Any) -> Any:
+        hparams = make_hparams({**CASES["all"], name: value})
+        return adam_update(params, grads, adam_init(params, hparams), hparams, kernel=kernel)
+
+    def member(i: int) -> Any:
+        return optree.tree_map(lambda x: x[i] if isinstance(x, Tensor) else x, members)
+
+    axes = optree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, members)
+    got = vmap(lambda tensors: update({**tensors, "norm": 0.25}))({k: members[k] for k in ("head", "layers")})
+    alone = [update(member(i)) for i in range(3)]
+    assert_close(got, optree.tree_map(lambda *xs: torch.stack(xs), *alone))
+    assert_close(vmap(update, in_dims=(axes,))(members), got)
+
+
+def test_mapped_derivatives_by_a_tree_equal_a_loop() -> None:
+    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
+    hparams = tensor_hparams()
+    stacked = optree.tree_map(lambda *xs: torch.stack(xs), *(divided(hparams, i) for i in (1, 2, 3)))
+    got = vmap(grad(lambda h: ours(params, gradients, h)))(stacked)
+    alone = [grad(lambda h: reference(params, gradients, h))(divided(hparams, i)) for i in (1, 2, 3)]
+    assert_close(got, optree.tree_map(lambda *xs: torch.stack(xs), *alone))
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@each_flags
+def test_a_compiled_update_equals_eager_and_compiles_once_for_all_tensors(flags: str) -> None:
+    compiled = torch.compile(adam_update, fullgraph=True, backend="aot_eager")
+    first = tensor_hparams(**FLAGS[flags])
+    params = make_tree()
+    state = adam_init(params, first)
+    for seed in (1, 2, 3):
+        hparams = divided(first, seed)
+        grads = make_tree(seed=seed)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            got = compiled(params, grads, state, hparams)
+        assert_close(got, adam_update(params, grads, state, hparams))
+        params, state = got
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("case", ["all", "mask", "tensors"])
+def test_a_compiled_update_takes_trees_of_floats_and_tensors(case: str) -> None:
+    compiled = torch.compile(adam_update, fullgraph=True, backend="aot_eager")
+    params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES[case])
+    state = adam_init(params, hparams, per_leaf_step=True)
+    grads["norm"] = None
+    assert_close(compiled(params, grads, state, hparams), adam_update(params, grads, state, hparams))
+
+
+# Errors.
+
+WRONG_PREFIXES: dict[str, tuple[Any, str]] = {
+    "missing_key": (
+        {"head": 0.1, "layers": 0.1},
+        r"extra \['norm'\], but hparams\.lr has .*must be a number or a pytree prefix of params",
+    ),
+    "extra_key": ({"head": 0.1, "layers": 0.1, "norm": 0.1, "tail": 0.1}, r"tail.*hparams\.lr.* prefix of params"),
+    "other_key": ({"head": {"b": 0.1, "v": 0.1}, "layers": 0.1, "norm": 0.1}, r"hparams\.lr\['head'\] .* prefix"),
+    "length": ({"head": 0.1, "layers": [0.1], "norm": 0.1}, r"length 2, but hparams\.lr\['layers'\] has length 1"),
+    "node": ({"head": 0.1, "layers": (0.1, 0.1), "norm": 0.1}, r"hparams\.lr\['layers'\] is of type tuple"),
+    "named": (
+        {"head": 0.1, "layers": [(0.1, 0.1), 0.1], "norm": 0.1},
+        r"hparams\.lr\['layers'\]\[0\] is of type tuple",
+    ),
+    "too_deep": ({"head": 0.1, "layers": 0.1, "norm": {"w": 0.1}}, r"hparams\.lr\['norm'\] is of type dict"),
+    "shape": (
+        {"head": torch.ones(2), "layers": 0.1, "norm": 0.1},
+        r"hparams\.lr\['head'\] has shape \(2,\)\. Expected",
+    ),
+    "one_element": ({"head": torch.ones(1), "layers": 0.1, "norm": 0.1}, r"hparams\.lr\['head'\] has shape \(1,\)"),
+}
+
+
+@pytest.mark.parametrize(("lr", "match"), WRONG_PREFIXES.values(), ids=WRONG_PREFIXES)
+def test_a_prefix_that_does_not_fit_names_the_path(lr: Any, match: str) -> None:
+    params = make_tree()
+    hparams = AdamHparams(lr=lr)
+    state = adam_init(params, AdamHparams())
+    with pytest.raises(ValueError, match=match):
+        adam_update(params, make_tree(seed=1), state, hparams)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_prefix_that_does_not_fit_names_the_number(name: str) -> None:
+    params, place = make_tree(), {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
+    hparams = make_hparams({name: {"head": 0.1}})
+    with pytest.raises(ValueError, match=rf"hparams\.{place} .*must be a number or a pytree prefix of params"):
+        adam_update(params, make_tree(seed=1), adam_init(params, AdamHparams()), hparams)
+
+
+@pytest.mark.parametrize("value", [None, "0.1", True, 1j, torch.tensor(True), torch.tensor(1j)], ids=str)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_in_a_tree_is_a_type_error_with_its_path(name: str, value: Any) -> None:
+    place = {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
+    with pytest.raises(TypeError, match=rf"hparams\.{place}\['head'\]\[1\] is .*Expected a"):
+        make_hparams({name: {"head": [0.1, value], "layers": 0.1}})
+
+
+@pytest.mark.parametrize(
+    "value", [-1.0, float("nan"), torch.tensor(-1.0), torch.tensor(float("nan"))], ids=["-1", "nan", "t-1", "tnan"]
+)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_out_of_range_in_a_tree_is_a_value_error_with_its_path(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid .*\['head'\]\[1\].*Expected a number"):
+        make_hparams({name: {"head": [0.1, value], "layers": 0.1}})
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_beta_of_one_in_a_tree_is_a_value_error(index: int) -> None:
+    betas: list[Any] = [0.9, 0.999]
+    betas[index] = {"head": 1.0, "layers": 0.5}
+    with pytest.raises(ValueError, match=rf"Invalid beta parameter at index {index} at \['head'\]: 1\.0"):
+        AdamHparams(betas=tuple(betas))
+
+
+def test_a_failed_update_changes_nothing() -> None:
+    params = make_tree()
+    state = adam_init(params, AdamHparams())
+    before = optree.tree_map(torch.clone, (params, state))
+    with pytest.raises(ValueError, match=r"hparams\.lr"):
+        adam_update(params, make_tree(seed=1), state, AdamHparams(lr={"head": 0.1}), donate=True)
+    assert_equal((params, state), before)
+
+
+# Any tree, any prefix.
+
+
+@st.composite
+def prefixes(draw: st.DrawFn, tree: Any, numbers: st.SearchStrategy[Any]) -> Any:
+    """A tree of `numbers` that is a prefix of `tree`."""
+    if tree is None or optree.tree_is_leaf(tree) or draw(st.booleans()):
+        return draw(numbers)
+    node = optree.tree_flatten_one_level(tree)
+    return node.unflatten_func(node.metadata, [draw(prefixes(child, numbers)) for child in node.children])
+
+
+def some(*values: float) -> st.SearchStrategy[Any]:
+    return st.sampled_from([*values, *(torch.tensor(x) for x in values), torch.tensor(values[0], dtype=torch.float64)])
+
+
+@PROPERTY
+@given(st.data())
+def test_any_prefix_of_any_tree_equals_a_loop_over_leaves(data: st.DataObject) -> None:
+    dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+    shapes = st.sampled_from([(), (3,), (2, 5), (0,)])
+    params = data.draw(trees(st.builds(random_tensor, shapes, dtypes, seeds)))
+    numbers = {
+        "lr": data.draw(prefixes(params, some(0.1, 0.01, 0))),
+        "beta1": data.draw(prefixes(params, some(0.9, 0.0))),
+        "beta2": data.draw(prefixes(params, some(0.999, 0.5))),
+        "eps": data.draw(prefixes(params, some(1e-8, 0.1))),
+        "weight_decay": data.draw(prefixes(params, some(0.0, 0.1))),
+    }
+    flags = data.draw(st.sampled_from([*FLAGS.values()]))
+    kernel = data.draw(st.sampled_from(KERNELS))
+    hparams = make_hparams(numbers, **flags)
+    leaves, treespec = optree.tree_flatten(params)
+    gradients = [[random_tensor(p.shape, p.dtype, seed) for p in leaves] for seed in (1, 2)]
+    new, state = run(params, [treespec.unflatten(g) for g in gradients], hparams, kernel=kernel)
+    alone = [
+        run(leaf, [*grads], make_hparams(dict(zip(NUMBERS, row, strict=True)), **flags), kernel=kernel)
+        for leaf, row, *grads in zip(leaves, rows_of(numbers, params), *gradients, strict=True)
+    ]
+    assert_equal(optree.tree_leaves(new), [p for p, _ in alone])
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        got = optree.tree_leaves(getattr(state, name))
+        assert_equal(got, [x for _, s in alone for x in optree.tree_leaves(getattr(s, name))])

@@ -1,0 +1,316 @@
+"""Code in the shape of optax and TorchOpt runs, and gives what `adam_update` gives and what they give."""
+
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update, transformation
+from tests.oracles import KERNELS
+from tests.strategies import Pair, random_tensor
+from tests.tolerances import assert_close, assert_equal, assert_within_roundings
+
+START = [1.0, -2.0, 0.5]
+GRADIENTS = [[0.5, -1.0, 2.0], [-0.25, 3.0, 0.125], [1.5, 0.0, -4.0]]
+STRONG = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3}
+
+# Three steps from START by GRADIENTS, float64, computed by TorchOpt 0.7.3:
+#     opt = torchopt.adam(lr=0.1); state = opt.init(p)
+#     u, state = opt.update(g, state, params=p, inplace=False); p = torchopt.apply_updates(p, u, inplace=False)
+# It corrects the bias in float32, so that it has single precision only.
+TORCHOPT = {
+    "adam": (
+        {"lr": 0.1},
+        [
+            [0.9000006695739081, -1.9000006685739212, 0.40000066807392776],
+            [0.8733672343001083, -1.949419154373124, 0.3284820701281142],
+            [0.8063174222121476, -1.9876200326618725, 0.36086545380085283],
+        ],
+    ),
+    "coupled": (
+        {**STRONG, "weight_decay": 0.25},
+        [
+            [0.9001331379505456, -1.900066604390288, 0.4000470188212388],
+            [0.8392589282148374, -1.9352797781021902, 0.3284130981708065],
+            [0.7582561919641867, -1.949096881744876, 0.3656975408728026],
+        ],
+    ),
+    "maximize": (
+        {"lr": 0.1, "weight_decay": 0.25, "maximize": True},
+        [
+            [1.0999993284261183, -2.0999993304260918, 0.5999993318927394],
+            [1.0616046494555627, -2.035728615290068, 0.666005947458657],
+            [1.1067626148900906, -1.9775030477596565, 0.6286659443748942],
+        ],
+    ),
+    "adamw": (
+        {"lr": 0.1, "weight_decay": 0.25, "decoupled_weight_decay": True},
+        [
+            [0.8750006695739081, -1.8500006685739212, 0.3875006680739278],
+            [0.8264922175607606, -1.853169137658776, 0.30629455342626605],
+            [0.7387801000337809, -1.845040787506055, 0.33102057326334805],
+        ],
+    ),
+}
+
+# The same by optax 0.2.8 with jax_enable_x64: optax.adam(0.1), optax.adam(0.1, b1=0.8, b2=0.95, eps=1e-3),
+# optax.adamw(0.1, weight_decay=0.25), optax.amsgrad(0.1).
+OPTAX = {
+    "adam": (
+        {"lr": 0.1},
+        [
+            [0.900000002, -1.900000001, 0.4000000005],
+            [0.8733662987078463, -1.9494189841087441, 0.3284806828461567],
+            [0.8063162429161115, -1.9876200012449847, 0.3608641842217289],
+        ],
+    ),
+    "strong": (
+        STRONG,
+        [
+            [0.9001996007984032, -1.9000999000999002, 0.40004997501249373],
+            [0.8790077150778428, -1.9541832673449615, 0.331589375379866],
+            [0.8086537485585492, -1.9937858780011937, 0.3725112616959689],
+        ],
+    ),
+    "adamw": (
+        {"lr": 0.1, "weight_decay": 0.25, "decoupled_weight_decay": True},
+        [
+            [0.8750000019999999, -1.850000001, 0.3875000005],
+            [0.8264912986578463, -1.8531689840837442, 0.3062931828336567],
+            [0.7387789603996653, -1.8450407766178911, 0.33101935463838744],
+        ],
+    ),
+}
+OPTAX_AMSGRAD = [
+    [0.900000002, -1.900000001, 0.4000000005],
+    [0.8789473708421052, -1.9494189841087441, 0.3493421060164474],
+    [0.8118973150503703, -1.9806021800924904, 0.38172560739201955],
+]
+
+DECAYS = {
+    "none": {},
+    "coupled": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "all": {"weight_decay": 0.1, "amsgrad": True, "maximize": True},
+}
+every_decay = pytest.mark.parametrize("options", DECAYS.values(), ids=DECAYS)
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+modes = pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
+
+
+def tree(seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    return {
+        "w": random_tensor((3, 2), dtype, seed),
+        "layers": [Pair(random_tensor((), dtype, seed + 1), random_tensor((5,), dtype, seed + 2)), None],
+    }
+
+
+def trajectory(options: dict[str, Any], *, inplace: bool) -> list[Tensor]:
+    optimizer = transformation.adam(**options)
+    params = torch.tensor(START, dtype=torch.float64)
+    state = optimizer.init(params)
+    found: list[Tensor] = []
+    for gradient in GRADIENTS:
+        grads = torch.tensor(gradient, dtype=torch.float64)
+        updates, state = optimizer.update(grads, state, params=params, inplace=inplace)
+        params = transformation.apply_updates(params, updates, inplace=inplace)
+        found.append(params.clone())
+    return found
+
+
+@modes
+@pytest.mark.parametrize(("options", "expected"), TORCHOPT.values(), ids=TORCHOPT)
+def test_numbers_are_those_of_torchopt(options: dict[str, Any], expected: list[list[float]], inplace: bool) -> None:
+    assert_close(trajectory(options, inplace=inplace), [torch.tensor(x) for x in expected], torch.float32)
+
+
+@modes
+@pytest.mark.parametrize(("options", "expected"), OPTAX.values(), ids=OPTAX)
+def test_numbers_are_those_of_optax(options: dict[str, Any], expected: list[list[float]], inplace: bool) -> None:
+    expected_tensors = [torch.tensor(x, dtype=torch.float64) for x in expected]
+    assert_close(trajectory(options, inplace=inplace), expected_tensors)
+
+
+def test_amsgrad_is_that_of_torch_and_not_of_optax() -> None:
+    found = trajectory({"lr": 0.1, "amsgrad": True}, inplace=False)
+    weight = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
+    optimizer = torch.optim.Adam([weight], lr=0.1, amsgrad=True)
+    for gradient, params in zip(GRADIENTS, found, strict=True):
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        assert_close(params, weight.detach())
+    # The first step has nothing to take a maximum of; later ones of optax are shorter or longer.
+    assert_close(found[0], torch.tensor(OPTAX_AMSGRAD[0], dtype=torch.float64))
+    assert (found[1] - torch.tensor(OPTAX_AMSGRAD[1], dtype=torch.float64)).abs().max() > 1e-3
+
+
+@every_kernel
+@every_decay
+@modes
+def test_applied_updates_are_what_adam_update_gives(kernel: Any, options: dict[str, Any], inplace: bool) -> None:
+    hparams = AdamHparams(lr=0.05, **options)
+    optimizer = transformation.adam(lr=0.05, **options, kernel=kernel)
+    params, expected = tree(0), tree(0)
+    state, expected_state = optimizer.init(params), adam_init(params, hparams)
+    for seed in (10, 20, 30):
+        expected, expected_state = adam_update(expected, tree(seed), expected_state, hparams, kernel=kernel)
+        updates, state = optimizer.update(tree(seed), state, params, inplace=inplace)
+        params = transformation.apply_updates(params, updates, inplace=inplace)
+        assert_equal(state, expected_state) if not options else assert_close(state, expected_state)
+    # The leaf of 0 dimensions comes near 0, where a rounding of the old value counts for more.
+    assert_close(params, expected)
+    assert_within_roundings(params["w"], expected["w"], 8)
+
+
+@every_kernel
+def test_updates_need_no_parameters_without_weight_decay(kernel: Any) -> None:
+    optimizer = transformation.adam(lr=0.05, kernel=kernel)
+    state = optimizer.init(tree(0))
+    expected = optimizer.update(tree(1), state, tree(0))
+    assert_equal(optimizer.update(tree(1), state), expected)
+    assert_equal(optimizer.update(tree(1), state, None), expected)
+    assert isinstance(expected[1], AdamState)
+
+
+def test_updates_keep_what_the_sum_rounds_away() -> None:
+    optimizer = transformation.adam(lr=1e-9)
+    params = torch.full((4,), 1e3)
+    updates, _ = optimizer.update(torch.ones(4), optimizer.init(params), params)
+    assert_within_roundings(updates, torch.full((4,), -1e-9), 4)
+    assert_equal(transformation.apply_updates(params, updates), params)
+
+
+@every_decay
+def test_nothing_given_changes(options: dict[str, Any]) -> None:
+    optimizer = transformation.adam(**options)
+    params, grads = tree(0), tree(1)
+    state = optimizer.init(params)
+    versions = [x._version for x in optree.tree_leaves((params, grads, state))]
+    updates, new_state = optimizer.update(grads, state, params)
+    new = transformation.apply_updates(params, updates)
+    assert [x._version for x in optree.tree_leaves((params, grads, state))] == versions
+    assert_equal((params, grads), (tree(0), tree(1)))
+    assert_equal(state, optimizer.init(params))
+    given = {x.data_ptr() for x in optree.tree_leaves((params, grads, state))}
+    assert given.isdisjoint(x.data_ptr() for x in optree.tree_leaves((updates, new_state, new)))
+
+
+@every_decay
+def test_inplace_writes_state_and_parameters_and_no_gradient(options: dict[str, Any]) -> None:
+    optimizer = transformation.adam(**options)
+    params = optree.tree_map(torch.nn.Parameter, tree(0))
+    grads, state = tree(1), optimizer.init(params)
+    addresses = [x.data_ptr() for x in optree.tree_leaves((params, state))]
+    expected_updates, expected_state = optimizer.update(grads, state, tree(0))
+    expected = transformation.apply_updates(tree(0), expected_updates)
+
+    updates, new_state = optimizer.update(grads, state, params, inplace=True)
+    assert_equal(optree.tree_map(torch.Tensor.detach, params), tree(0))
+    assert transformation.apply_updates(params, updates, inplace=True) is params
+    assert new_state is state
+    assert_equal(state, expected_state)
+    assert_equal(optree.tree_map(torch.Tensor.detach, params), expected)
+    assert_equal(grads, tree(1))
+    assert [x.data_ptr() for x in optree.tree_leaves((params, state))] == addresses
+    assert all(x.is_leaf and x.requires_grad for x in optree.tree_leaves(params))
+    # A caller who drops the returned state goes on with the one that was given.
+    optimizer.update(grads, state, params, inplace=True)
+    assert state.step.item() == 2
+
+
+@modes
+def test_a_list_may_stand_for_a_tuple_at_the_root(inplace: bool) -> None:
+    optimizer = transformation.adam(weight_decay=0.1)
+    mean, log_sd = tree(0), tree(5)
+    grads = (tree(10), tree(15))
+    expected = optimizer.update(list(grads), optimizer.init([mean, log_sd]), [mean, log_sd])
+    updates, state = optimizer.update(grads, optimizer.init([mean, log_sd]), [mean, log_sd], inplace=inplace)
+    assert type(updates) is tuple
+    assert_equal(list(updates), expected[0])
+    assert_equal(state, expected[1])
+    expected_new = transformation.apply_updates([mean, log_sd], expected[0])
+    new = transformation.apply_updates((mean, log_sd), updates, inplace=inplace)
+    assert_equal(list(new), expected_new)
+
+
+def test_updates_are_differentiable() -> None:
+    hparams = {"lr": 0.1, "weight_decay": 0.1}
+    params, gradient = random_tensor((4,), torch.float64, 0), random_tensor((4,), torch.float64, 1)
+    optimizer = transformation.adam(**hparams)
+    state = optimizer.init(params)
+
+    def after(p: Tensor, g: Tensor) -> Tensor:
+        updates, _ = optimizer.update(g, state, p)
+        return transformation.apply_updates(p, updates).square().sum()
+
+    def expected(p: Tensor, g: Tensor) -> Tensor:
+        return adam_update(p, g, state, AdamHparams(**hparams))[0].square().sum()
+
+    found = grad(after, argnums=(0, 1))(params, gradient)
+    assert_close(found, grad(expected, argnums=(0, 1))(params, gradient))
+    assert all(bool((x != 0).all()) for x in found)
+
+
+def test_learning_rates_are_mapped() -> None:
+    rates, params, grads = torch.tensor([0.1, 0.01, 0.0]), torch.ones(3, 4), random_tensor((3, 4), torch.float32, 0)
+
+    def one(lr: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        optimizer = transformation.adam(lr=lr)
+        return transformation.apply_updates(p, optimizer.update(g, optimizer.init(p))[0])
+
+    expected = torch.stack([one(*x) for x in zip(rates, params, grads, strict=True)])
+    assert_close(vmap(one)(rates, params, grads), expected)
+
+
+@modes
+def test_leaves_without_gradient_stand_still(inplace: bool) -> None:
+    optimizer = transformation.adam(per_leaf_step=True)
+    params = {"a": torch.ones(2), "b": torch.ones(2)}
+    updates, state = optimizer.update({"a": torch.ones(2), "b": None}, optimizer.init(params), inplace=inplace)
+    assert_equal(updates["b"], torch.zeros(2))
+    assert {key: step.item() for key, step in state.step.items()} == {"a": 1, "b": 0}
+    new = transformation.apply_updates(params, {"a": updates["a"], "b": None}, inplace=inplace)
+    assert_equal(new["b"], torch.ones(2))
+
+
+@modes
+@every_decay
+def test_dtypes_stay(options: dict[str, Any], inplace: bool) -> None:
+    optimizer = transformation.adam(**options)
+    params = tree(0, torch.bfloat16)
+    wide = optimizer.init(tree(0))  # moments in float32
+    updates, state = optimizer.update(tree(1), wide, params, inplace=inplace)
+    new = transformation.apply_updates(params, updates, inplace=inplace)
+    assert {x.dtype for x in optree.tree_leaves((updates, new))} == {torch.bfloat16}
+    assert {x.dtype for x in optree.tree_leaves(state)} == {torch.float32}
+
+
+def test_wider_updates_come_out_in_the_dtype_of_the_parameter() -> None:
+    params = torch.ones(2, dtype=torch.bfloat16)
+    assert transformation.apply_updates(params, torch.full((2,), 0.5)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("weight_decay", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_weight_decay_needs_the_parameters(weight_decay: Any) -> None:
+    optimizer = transformation.adam(weight_decay=weight_decay)
+    with pytest.raises(ValueError, match=r"^params is None, but weight_decay is .*Call update\(grads, state, params\)"):
+        optimizer.update(torch.ones(2), optimizer.init(torch.ones(2)))
+
+
+def test_other_errors_are_those_of_adam() -> None:
+    with pytest.raises(ValueError, match=r"^Invalid learning rate: -1"):
+        transformation.adam(lr=-1.0)
+    with pytest.raises(ValueError, match=r"^kernel is 'slow'"):
+        transformation.adam(kernel="slow")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^hparams.lr is <function"):
+        transformation.adam(lr=lambda _: 0.1)  # type: ignore[arg-type, return-value]
+    optimizer = transformation.adam()
+    with pytest.raises(ValueError, match=r"grads lacks \['b'\]"):
+        optimizer.update({"a": torch.ones(2)}, optimizer.init({"a": torch.ones(2), "b": torch.ones(2)}))
+    with pytest.raises(ValueError, match=r"updates must have the structure of params"):
+        transformation.apply_updates({"a": torch.ones(2)}, [torch.ones(2)])
+    with pytest.raises(RuntimeError, match=r"^Cannot donate"):
+        optimizer.update(torch.ones(2, requires_grad=True), optimizer.init(torch.ones(2)), inplace=True)
