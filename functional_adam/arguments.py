@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
 from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams
-from functional_adam.leaves import Buffers, check_leaves
+from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
 from functional_adam.trees import broadcast_prefix, flatten_like, path_of
@@ -22,7 +22,8 @@ class Arguments(NamedTuple):
     """What `adam_update` was given."""
 
     treespec: PyTreeSpec
-    buffers: Buffers
+    buffers: Buffers  # with master parameters in the place of parameters that have one
+    narrow: dict[int, Tensor]  # those parameters, by leaf
     grads: list[Tensor | None]
     steps: list[Tensor]  # one if shared, else one a leaf
     is_step_shared: bool
@@ -50,8 +51,9 @@ def flatten_arguments(
     found = None if found_inf is None else _zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
     param_leaves, treespec = optree.tree_flatten(params)
     steps = _flatten_steps(state, treespec, params)
+    wide_params, narrow = _with_masters(param_leaves, state, treespec, params)
     buffers = Buffers(
-        params=param_leaves,
+        params=wide_params,
         exp_avgs=flatten_like(treespec, state.exp_avg, "state.exp_avg", params),
         exp_avg_sqs=flatten_like(treespec, state.exp_avg_sq, "state.exp_avg_sq", params),
         max_exp_avg_sqs=_flatten_maxima(state, hparams, treespec, params),
@@ -61,7 +63,7 @@ def flatten_arguments(
     flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
     scalars, sets, others = _scalars_of(hparams, params, len(param_leaves), flags)
     others += [x for x in (scale, found) if x is not None]
-    listed = list_tensors(buffers, grad_leaves, steps, others)
+    listed = list_tensors(buffers, grad_leaves, steps, [*others, *narrow.values()])
     traits = recall(listed)
     if traits is None:
         traits = find_traits(listed, buffers, grad_leaves)
@@ -76,6 +78,7 @@ def flatten_arguments(
     return Arguments(
         treespec,
         buffers,
+        narrow,
         grad_leaves,
         steps,
         is_step_shared,
@@ -136,11 +139,20 @@ def _check_types(grads: Any, state: Any, hparams: Any) -> None:
     if not isinstance(state, AdamState):
         raise TypeError(f"state is of type {type(state).__name__}, expected the AdamState of adam_init. {order}")
     check_hparams(hparams)
-    if not _is_absent(state.master_params):
-        raise ValueError(
-            f"state.master_params is of type {type(state.master_params).__name__}, expected (). "
-            "Master parameters are reserved for a later version: leave the field out."
-        )
+
+
+def _with_masters(
+    leaves: list[Any], state: AdamState, treespec: PyTreeSpec, params: TensorTree
+) -> tuple[list[Any], dict[int, Tensor]]:
+    """`leaves` with masters in the place of those that have one, and these leaves."""
+    if _is_absent(state.master_params):
+        return leaves, {}
+    check_params(leaves, treespec)
+    masters = flatten_like(treespec, state.master_params, "state.master_params", params)
+    check_masters(leaves, masters, treespec)
+    has_master = [not _is_absent(master) for master in masters]
+    wide = [m if has else x for x, m, has in zip(leaves, masters, has_master, strict=True)]
+    return wide, {i: x for i, (x, has) in enumerate(zip(leaves, has_master, strict=True)) if has}
 
 
 def _check_all_given(grads: list[Any], treespec: PyTreeSpec) -> None:

@@ -73,7 +73,8 @@ def state_from_dict(flat: Mapping[str, Tensor], params: TensorTree, hparams: Ada
         {'w': tensor([0., 0.])}
     """
     _check_format(flat)
-    template = adam_init(params, hparams, per_leaf_step="step" not in flat)
+    has_masters = any(key.startswith("master_params") for key in flat)
+    template = adam_init(params, hparams, per_leaf_step="step" not in flat, master_params=has_masters)
     places = {field + path: (field, path, leaf) for field, path, leaf in _fields_and_paths(template)}
     missing = [key for key in places if key not in flat]
     extra = [key for key in flat if key not in places and key != "format"]

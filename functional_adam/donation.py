@@ -59,10 +59,11 @@ def check_donation(
     steps: list[Tensor],
     grads: list[Tensor | None],
     others: list[Tensor],
+    narrow: dict[int, Tensor],
     treespec: PyTreeSpec,
 ) -> None:
     """Raise RuntimeError if a buffer cannot be written, or if writing it would change another tensor of the call."""
-    written = [*buffers.flat, *steps]
+    written = [*buffers.flat, *steps, *narrow.values()]
     if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in written):
         raise RuntimeError(
             "Cannot donate tensors made under torch.inference_mode() outside of it. "
@@ -75,6 +76,7 @@ def check_donation(
     step_leaves = range(len(steps)) if len(steps) == len(buffers.params) else ()
     owners = [(root, i) for root, column in zip(BUFFER_NAMES, buffers, strict=True) for i in range(len(column))]
     owners += [("state.step", i) for i in step_leaves] or [("state.step", -1)]
+    owners += [("params", i) for i in narrow]
     owners += [("grads", i) for i, _ in given] + [("a hyperparameter, grad_scale or found_inf", -1)] * len(others)
     first, second = (root if i < 0 else path_of(treespec, i, root) for root, i in (owners[j] for j in found))
     what = "overlaps itself" if first == second else f"shares memory with {second}"

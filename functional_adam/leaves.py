@@ -14,6 +14,9 @@ DTYPES = frozenset(
     (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 )
 
+MASTER_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+"""Of parameters that can have a copy of more precision, and of that."""
+
 
 class Buffers(NamedTuple):
     """What an update replaces, as parallel lists with one tensor a leaf."""
@@ -107,6 +110,26 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
         fault = _tensor_fault(param)
         if fault:
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
+
+
+def check_masters(params: Sequence[Tensor], masters: Sequence[Any], treespec: PyTreeSpec) -> None:
+    """Raise unless each of `masters` is () or a wider copy of its parameter."""
+    for index, (param, master) in enumerate(zip(params, masters, strict=True)):
+        if type(master) is tuple and not master:
+            continue
+        error, fault = _master_fault(master, param)
+        if error:
+            path, param_path = path_of(treespec, index, "state.master_params"), path_of(treespec, index, "params")
+            raise error(fault.format(path=path, param_path=param_path))
+
+
+def _master_fault(master: Any, param: Tensor) -> tuple[type[Exception] | None, str]:
+    expected = MASTER_DTYPES.get(param.dtype)
+    if expected is None:
+        return TypeError, f"{{path}} is given, but {{param_path}} is of {param.dtype} and needs no copy. Put () there."
+    if isinstance(master, Tensor) and master.dtype is not expected:
+        return TypeError, f"{{path}} is of {master.dtype}, expected {expected}: convert it with .to()."
+    return _misfit(master, param, is_grad=False)
 
 
 @torch.no_grad()

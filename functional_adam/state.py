@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.hparams import AdamHparams, check_hparams_type
-from functional_adam.leaves import check_params
+from functional_adam.leaves import DTYPES, MASTER_DTYPES, check_params
 from functional_adam.trees import path_of
 
 TensorTree: TypeAlias = Any
@@ -39,31 +39,46 @@ class AdamState(NamedTuple):
     max_exp_avg_sq: TensorTree = ()
     """Like params: largest exp_avg_sq so far, in L^2/U^2. () without amsgrad."""
     master_params: TensorTree = ()
-    """Reserved for float32 copies of low-precision parameters. Always () in this version."""
+    """Like params: float32 copies of parameters of less precision, in U; () for any other leaf. () without copies."""
 
 
-def adam_init(params: TensorTree, hparams: AdamHparams, *, per_leaf_step: bool = False) -> AdamState:
+def adam_init(
+    params: TensorTree,
+    hparams: AdamHparams,
+    *,
+    per_leaf_step: bool = False,
+    moment_dtype: torch.dtype | None = None,
+    master_params: bool = False,
+) -> AdamState:
     """The state before the first update: step 0, all moments 0.
 
-    Moments have the shape, dtype, device, layout (and DTensor placement) of their parameters.
+    Moments have the shape, device, layout (and DTensor placement) of their parameters, and their dtype, unless
+    `moment_dtype` says otherwise. An update computes in the wider of both, half types in float32.
 
     Args:
         params: pytree of floating or complex tensors of any shape, in units U.
         hparams: decides, by `amsgrad`, whether the largest exp_avg_sq is kept.
         per_leaf_step: count updates leaf by leaf. Needed when leaves live on several devices, and for gradients
             that are None, whose leaves then stand still.
+        moment_dtype: floating dtype of the moments; those of complex parameters have its complex form.
+        master_params: keep float32 copies of parameters of less precision. The copies are updated, and the parameters
+            are the copies, rounded: changes too small for the parameters add up.
 
     Returns:
         An `AdamState`; `step` is a float32 tensor of shape (), or a tree of them with `per_leaf_step`.
 
     Raises:
-        TypeError: a leaf is not a dense floating or complex tensor, or `hparams` is not `AdamHparams`.
+        TypeError: a leaf is not a dense floating or complex tensor, `hparams` is not `AdamHparams`, or `moment_dtype`
+            is no floating dtype.
         ValueError: leaves live on several devices and `per_leaf_step` is False.
 
     Example:
         >>> state = adam_init({"w": torch.ones(2, 3)}, AdamHparams())
         >>> state.step, state.exp_avg["w"].shape
         (tensor(0.), torch.Size([2, 3]))
+        >>> state = adam_init({"w": torch.ones(2, dtype=torch.bfloat16)}, AdamHparams(), master_params=True)
+        >>> state.master_params
+        {'w': tensor([1., 1.])}
 
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1.
     """
@@ -83,11 +98,17 @@ def adam_init(params: TensorTree, hparams: AdamHparams, *, per_leaf_step: bool =
                         "pass per_leaf_step=True."
                     )
             step = _zero_step(device)
+        dtypes = [_moment_dtype(leaf, moment_dtype) for leaf in leaves]
+
+        def zeros() -> TensorTree:
+            return treespec.unflatten([torch.zeros_like(x, dtype=d) for x, d in zip(leaves, dtypes, strict=True)])
+
         return AdamState(
             step=step,
-            exp_avg=treespec.unflatten(_zeros_like(leaves)),
-            exp_avg_sq=treespec.unflatten(_zeros_like(leaves)),
-            max_exp_avg_sq=treespec.unflatten(_zeros_like(leaves)) if hparams.amsgrad else (),
+            exp_avg=zeros(),
+            exp_avg_sq=zeros(),
+            max_exp_avg_sq=zeros() if hparams.amsgrad else (),
+            master_params=treespec.unflatten([_master_of(leaf) for leaf in leaves]) if master_params else (),
         )
 
 
@@ -95,5 +116,18 @@ def _zero_step(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
-def _zeros_like(leaves: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) for leaf in leaves]
+def _moment_dtype(param: Tensor, chosen: Any) -> torch.dtype:
+    if chosen is None:
+        return param.dtype
+    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES or chosen.is_complex:
+        raise TypeError(f"moment_dtype is {chosen!r}. Expected a floating dtype, such as torch.float32, or None.")
+    if not param.is_complex():
+        return chosen
+    if chosen is torch.bfloat16:
+        raise TypeError("moment_dtype is torch.bfloat16, which has no complex form for complex parameters.")
+    return chosen.to_complex()
+
+
+def _master_of(param: Tensor) -> Any:
+    wide = MASTER_DTYPES.get(param.dtype)
+    return () if wide is None else param.detach().to(wide)

@@ -90,7 +90,7 @@ def adam_update(
                 "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
             )
         if watched_by is None and not is_surely_safe(given.tensors, given.traits):
-            check_donation(given.buffers, given.steps, given.grads, given.others, given.treespec)
+            check_donation(given.buffers, given.steps, given.grads, given.others, given.narrow, given.treespec)
     if watched_by not in (None, _TRACER):
         check_unsharded(given.buffers, watched_by, given.treespec)
     if watched_by is None:
@@ -104,11 +104,13 @@ def adam_update(
                 old.copy_(new)
             buffers, steps = given.buffers, given.steps
     unflatten = given.treespec.unflatten
-    return unflatten(buffers.params), AdamState(
+    params, masters = _rounded(given, buffers.params, donate=donate)
+    return unflatten(params), AdamState(
         step=steps[0] if given.is_step_shared else unflatten(steps),
         exp_avg=unflatten(buffers.exp_avgs),
         exp_avg_sq=unflatten(buffers.exp_avg_sqs),
         max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
+        master_params=unflatten(masters) if given.narrow else state.master_params,
     )
 
 
@@ -176,6 +178,18 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
         if traits is None or not traits.is_bare:
             new = new._replace(params=release(new.params))
     return new, steps
+
+
+def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
+    """The new parameters, those with a master as its rounding, and the new masters."""
+    params = list(wide)
+    masters: list[Any] = [()] * len(wide)
+    for index, old in given.narrow.items():
+        masters[index] = wide[index]
+        # Where nothing moves, nothing is rounded either.
+        new = old if given.grads[index] is None else _where(given.found_inf, old, wide[index].to(old.dtype))
+        params[index] = release([old.copy_(new)])[0] if donate else new.clone() if new is old else new
+    return params, masters
 
 
 def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) -> tuple[Buffers, list[Tensor]]:

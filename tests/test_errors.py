@@ -378,8 +378,8 @@ FAULTS: dict[str, Fault] = {
         TypeError, ("hparams is of type float", "expected AdamHparams", "The order is"), hparams(1e-3)
     ),
     "master_params": Fault(
-        ValueError,
-        ("state.master_params", "type dict", "expected ()", "leave the field out"),
+        TypeError,
+        ("state.master_params", "is given", "torch.float32 and needs no copy", "Put ()"),
         lambda call: call._replace(state=call.state._replace(master_params=call.params)),
     ),
     # AMSGrad.

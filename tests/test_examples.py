@@ -54,6 +54,12 @@ TABLE = (
         options=("--fits", "--loop", "--steps", "--seed", "--output"),
     ),
     Example(
+        "finetune_groups",
+        fast=("--steps", "8"),
+        result=r"^Largest difference of parameters: 0$",
+        options=("--steps", "--seed", "--save-every", "--checkpoint", "--resume", "--output"),
+    ),
+    Example(
         "ddp_overlap",
         fast=("--steps", "5"),
         result=r"^Largest difference of parameters: 0$",
