@@ -298,3 +298,33 @@ def test_initial_state_shares_no_memory_with_params() -> None:
     )
     pointers = [x.untyped_storage().data_ptr() for x in tensors_of((params, state)) if x.numel()]
     assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("watched", ["autograd", "grad", "vmap"])
+def test_a_leaf_without_gradient_is_copied_under_a_transform_too(watched: str):
+    params = {"a": torch.ones(3), "b": torch.full((3,), 2.0)}
+    hparams = AdamHparams(lr=0.1)
+    results: list[Any] = []
+
+    def step(p: Any) -> torch.Tensor:
+        state = adam_init(params, hparams, per_leaf_step=True)
+        new, _ = adam_update(p, {"a": torch.ones(3), "b": None}, state, hparams)
+        results.append(new["b"])
+        return new["a"].sum() + new["b"].sum()
+
+    if watched == "autograd":
+        leaf = {name: x.clone().requires_grad_() for name, x in params.items()}
+        step(leaf).backward()
+        assert results[0].untyped_storage().data_ptr() != leaf["b"].untyped_storage().data_ptr()
+        assert torch.equal(leaf["b"].grad, torch.ones(3))
+    elif watched == "grad":
+        gradient = torch.func.grad(step)(params)
+        assert torch.equal(gradient["b"], torch.ones(3))
+    else:
+        stacked = {name: torch.stack([x, x]) for name, x in params.items()}
+        states = torch.func.vmap(lambda p: adam_init(p, hparams, per_leaf_step=True))(stacked)
+        new, _ = torch.func.vmap(lambda p, g, s: adam_update(p, {"a": g, "b": None}, s, hparams), in_dims=(0, 0, 0))(
+            stacked, torch.ones(2, 3), states
+        )
+        assert torch.equal(new["b"], stacked["b"])
+        assert new["b"].untyped_storage().data_ptr() != stacked["b"].untyped_storage().data_ptr()

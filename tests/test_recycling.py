@@ -679,3 +679,12 @@ def test_plain_tensors_in_fake_mode_are_left_to_it():
     with FakeTensorMode(allow_non_fake_inputs=True):
         (copied,) = recycling.copies([large])
         assert isinstance(copied, FakeTensor)
+
+
+def test_without_the_list_operation_small_leaves_are_copied_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    run = make((3,), leaves=2)
+    expected = run.next().next()
+    monkeypatch.setattr(recycling, "_foreach_clone", None)
+    got = run.next().next()
+    for ours, theirs in zip(got.large, expected.large, strict=True):
+        assert torch.equal(ours, theirs)
