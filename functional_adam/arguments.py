@@ -101,7 +101,7 @@ def _scalars_of(
     Kernels compute in Python's floats, whatever kind of number was given.
     """
     numbers = hparams.numbers()
-    if all(isinstance(x, (Tensor, Real)) for x in numbers):
+    if all(type(x) is float or isinstance(x, (Tensor, Real)) for x in numbers):
         lr, beta1, beta2, eps, weight_decay = (x if isinstance(x, Tensor) else float(x) for x in numbers)
         shared = Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
         return [shared] * count, [shared], _distinct(x for x in numbers if isinstance(x, Tensor))
