@@ -76,6 +76,8 @@ def check_donation(
     step_leaves = range(len(steps)) if len(steps) == len(buffers.params) else ()
     owners = [(root, i) for root, column in zip(BUFFER_NAMES, buffers, strict=True) for i in range(len(column))]
     owners += [("state.step", i) for i in step_leaves] or [("state.step", -1)]
+    # Among the buffers a master stands for its parameter.
+    owners = [("state.master_params", i) if root == "params" and i in narrow else (root, i) for root, i in owners]
     owners += [("params", i) for i in narrow]
     owners += [("grads", i) for i, _ in given] + [("a hyperparameter, grad_scale or found_inf", -1)] * len(others)
     first, second = (root if i < 0 else path_of(treespec, i, root) for root, i in (owners[j] for j in found))
