@@ -60,6 +60,12 @@ TABLE = (
         options=("--steps", "--seed", "--save-every", "--checkpoint", "--resume", "--output"),
     ),
     Example(
+        "bf16_training",
+        fast=("--steps", "60", "--members", "2"),
+        result=r"^bfloat16, masters +[\d.]+ \+- [\d.]+$",
+        options=("--members", "--steps", "--lr", "--seed", "--output"),
+    ),
+    Example(
         "ddp_overlap",
         fast=("--steps", "5"),
         result=r"^Largest difference of parameters: 0$",
