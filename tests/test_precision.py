@@ -24,6 +24,9 @@ from tests.oracles import KERNELS, numpy_adam, torch_adam
 from tests.strategies import random_tensor
 from tests.tolerances import assert_close, assert_equal, assert_rounded_once
 
+# torch warns once in a process, in whichever test comes first.
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+
 HALVES = (torch.bfloat16, torch.float16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -99,7 +102,6 @@ def test_moments_have_the_dtype_of_their_parameters_unless_chosen(half: torch.dt
 
 
 # torch warns that complex32 is experimental.
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 def test_masters_are_float32_copies_of_what_is_less_precise():
     params = make_mixed() | {"ch": random_tensor((3,), torch.complex64, 9).to(torch.complex32)}
     params["db"] = random_tensor((3,), torch.float64, 8)
