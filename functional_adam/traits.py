@@ -85,7 +85,7 @@ def find_traits(listed: Listed, buffers: Buffers, grads: Sequence[Any]) -> Trait
     return Traits(
         device=devices.pop(),
         dtype=(dtype := dtypes.pop()),
-        is_ready=not dtype.is_complex and all(x.is_contiguous() and not x.is_neg() for x in leaves),
+        is_ready=not (dtype.is_complex or any(x.is_neg() for x in leaves)) and all(x.is_contiguous() for x in tensors),
         requires_grad=any(x.requires_grad for x in tensors),
         is_bare=not any(x.requires_grad or isinstance(x, torch.nn.Parameter) for x in tensors),
         is_inference=any(x.is_inference() for x in tensors),

@@ -557,3 +557,11 @@ def test_wrong_masters_are_named(case: str, donate: bool):
     with pytest.raises(error, match=message):
         adam_update(params, params, state, hparams, donate=donate)
     assert_unchanged((params, state.exp_avg), before)
+
+
+def test_donation_sees_all_of_a_strided_parameter_with_a_master() -> None:
+    memory = torch.ones(32, dtype=torch.bfloat16)
+    param, grad = memory[::4], memory.view(torch.float32)[4:12]
+    state = adam_init(param, AdamHparams(), moment_dtype=torch.float32, master_params=True)
+    with pytest.raises(RuntimeError, match="shares memory with"):
+        adam_update(param, grad, state, AdamHparams(), donate=True)
