@@ -33,6 +33,15 @@ every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The plain runs add up in the order of the workers, which have one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     with Workers() as workers:
