@@ -138,8 +138,7 @@ def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
 
 def _check_range(number: ScalarTree, where: str, what: str, *, below: float = math.inf) -> None:
     for place, value in _leaves(number, where):
-        path = place.removeprefix(where)
-        _check_one(value, place, f"{what} at {path}" if path else what, below)
+        _check_one(value, place, what if place == where else f"{what} at {place}", below)
 
 
 def _check_one(value: Any, where: str, what: str, below: float) -> None:

@@ -34,7 +34,6 @@ class Traits:
     """Of plain tensors on one device, whose leaves are of one dtype and of the shapes of their parameters."""
 
     device: torch.device
-    dtype: torch.dtype
     is_ready: bool  # every leaf is real, contiguous and without lazy bits: any kernel takes it as it is
     requires_grad: bool  # some tensor does
     is_bare: bool  # none does, and none is an nn.Parameter
@@ -84,8 +83,8 @@ def find_traits(listed: Listed, buffers: Buffers, grads: Sequence[Any]) -> Trait
         return None
     return Traits(
         device=devices.pop(),
-        dtype=(dtype := dtypes.pop()),
-        is_ready=not (dtype.is_complex or any(x.is_neg() for x in leaves)) and all(x.is_contiguous() for x in tensors),
+        is_ready=not (leaves[0].is_complex() or any(x.is_neg() for x in leaves))
+        and all(x.is_contiguous() for x in tensors),
         requires_grad=any(x.requires_grad for x in tensors),
         is_bare=not any(x.requires_grad or isinstance(x, torch.nn.Parameter) for x in tensors),
         is_inference=any(x.is_inference() for x in tensors),

@@ -471,7 +471,9 @@ def test_what_is_out_of_range_in_a_tree_is_a_value_error_with_its_path(name: str
 def test_a_beta_of_one_in_a_tree_is_a_value_error(index: int) -> None:
     betas: list[Any] = [0.9, 0.999]
     betas[index] = {"head": 1.0, "layers": 0.5}
-    with pytest.raises(ValueError, match=rf"Invalid beta parameter at index {index} at \['head'\]: 1\.0"):
+    with pytest.raises(
+        ValueError, match=rf"Invalid beta parameter at index {index} at hparams\.betas\[{index}\]\['head'\]: 1\.0"
+    ):
         AdamHparams(betas=tuple(betas))
 
 
