@@ -688,3 +688,13 @@ def test_without_the_list_operation_small_leaves_are_copied_one_by_one(monkeypat
     got = run.next().next()
     for ours, theirs in zip(got.large, expected.large, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_size_that_was_not_used_for_longest_goes_first():
+    set_cache_limit(3 * 2**20)
+    oldest, middle, newest = (2**20 + 4096 * i for i in range(3))
+    for nbytes in (oldest, middle, newest):
+        view, _ = recycling._cache.lend(nbytes)
+        del view
+    assert [nbytes for nbytes, blocks in recycling._cache._spare.items() if blocks] == [middle, newest]
+    assert cached_bytes() == middle + newest
