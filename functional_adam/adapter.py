@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.hparams import AdamHparams
-from functional_adam.kernels import KernelName
+from functional_adam.planning import KernelName
 from functional_adam.state import AdamState, adam_init
 from functional_adam.update import adam_update
 

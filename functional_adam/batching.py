@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import precise, update_leaf
+from functional_adam.equations import Scalars, precise, update_leaf
 from functional_adam.hparams import Scalar
-from functional_adam.kernels import run_kernel
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Spec, run, unpack
+from functional_adam.planning import run_kernel
 from functional_adam.tracking import is_constant, is_host_value, is_transformed, requires_grad
 
 # Half types are rounded once by a kernel; a direction of theirs would be rounded before.
@@ -90,14 +90,16 @@ def _run_members(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any
     for x, batched in zip(given.numbers, is_batched, strict=False):
         value: Any = cast("Any", x).tolist() if isinstance(x, Tensor) else x
         numbers.append(value if batched else [value] * size)
-    of_members = [h for h in map(spec.scalars, zip(*numbers, strict=True)) for _ in range(spec.count)]
+    sets: dict[Scalars, Scalars] = {}
+    of_members = [sets.setdefault(h, h) for h in map(spec.scalars, zip(*numbers, strict=True))]
     steps: list[list[Tensor]] = [
         list(step.unbind(0)) if batched else [step] * size
         for step, batched in zip(new_steps, is_batched[5:], strict=True)
     ]
     leaf_steps = [step for member in zip(*steps, strict=True) for step in spec.per_leaf(list(member))]
     buffers = Buffers(*(_unbind(column) for column in new))
-    run_kernel(spec.kernel, buffers, _unbind(given.grads), leaf_steps, of_members)
+    of_leaves = [h for h in of_members for _ in range(spec.count)]
+    run_kernel(spec.kernel, buffers, _unbind(given.grads), leaf_steps, of_leaves)
     return new
 
 

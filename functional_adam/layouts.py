@@ -16,10 +16,16 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def strides_like(model: Tensor) -> tuple[int, ...]:
+    """The strides of `torch.empty_like(model)`: its own where it is dense."""
+    return model.stride() if is_dense(model) else torch.empty_like(model).stride()
+
+
 def is_laid_out_like(x: Tensor, model: Tensor) -> bool:
-    """Whether equal places in the memory of two dense tensors hold elements of equal indices."""
+    """Whether the elements of `x` lie in memory in the order of `torch.empty_like(model)`, without gap or overlap."""
     # The stride of a dimension of size 1 says nothing about memory.
-    return x.numel() <= 1 or all(a == b for a, b, n in zip(x.stride(), model.stride(), x.shape, strict=True) if n != 1)
+    strides = zip(x.stride(), strides_like(model), x.shape, strict=True)
+    return x.numel() <= 1 or all(here == there for here, there, size in strides if size != 1)
 
 
 def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
@@ -27,7 +33,7 @@ def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
 
     Those of dimensions of size 1 may differ where they are unusual.
     """
-    strides = model.stride() if is_dense(model) else torch.empty_like(model).stride()
+    strides = strides_like(model)
     if x.stride() == strides:
         return x
     order = sorted(range(x.dim()), key=lambda dim: (-strides[dim], -x.shape[dim]))

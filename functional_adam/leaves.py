@@ -1,7 +1,7 @@
 """The leaves of an update as parallel lists, and what makes a tensor fit to be one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from optree import PyTreeSpec
@@ -74,10 +74,14 @@ def local_shards(buffers: Buffers, grads: list[Tensor]) -> tuple[Buffers, list[T
         return buffers, grads
     placed: list[Any] = []
     for grad, param in zip(grads, buffers.params, strict=True):
-        to: Any = getattr(param, "placements", None)
-        here: Any = grad
-        placed.append(grad if to is None or here.placements == to else here.redistribute(placements=to))
+        to, here = placement_change(grad, param), cast("Any", grad)
+        placed.append(grad if to is None else here.redistribute(placements=to))
     return buffers.map(local_shard), [*map(local_shard, placed)]
+
+
+def placement_change(grad: Any, param: Any) -> Any:
+    """The placements that `grad` is to be brought to, those of its parameter, or None if it is placed like it."""
+    return None if not _is_dtensor(param) or grad.placements == param.placements else param.placements
 
 
 def whole(x: Any) -> Any:

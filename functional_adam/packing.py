@@ -8,8 +8,8 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars
 from functional_adam.hparams import Scalar
-from functional_adam.kernels import run_kernel
 from functional_adam.leaves import Buffers
+from functional_adam.planning import run_kernel
 from functional_adam.recycling import copies
 from functional_adam.tracking import is_host_value
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.hparams import AdamHparams, Scalar
-from functional_adam.kernels import KernelName, check_kernel_name
+from functional_adam.planning import KernelName, check_kernel_name
 from functional_adam.state import AdamState, TensorTree, adam_init
 from functional_adam.trees import flatten_like
 from functional_adam.update import adam_update

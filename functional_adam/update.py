@@ -1,4 +1,4 @@
-"""adam_update: check everything, choose what computes, and put the trees together again."""
+"""adam_update: run what computes the update, and put the trees together again."""
 
 from typing import Any, cast
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
-from functional_adam.donation import check_donation, is_surely_safe, release, replace_steps_
-from functional_adam.equations import Scalars, compute_dtype, update_leaf
+from functional_adam.dispatch import EQUATIONS, Way, select_way
+from functional_adam.donation import release, replace_steps_
+from functional_adam.equations import update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
-from functional_adam.kernels import KernelName, check_kernel_name, run_kernel, select_kernel
-from functional_adam.leaves import Buffers, check_unsharded, local_shards, whole
+from functional_adam.leaves import Buffers, local_shards
+from functional_adam.planning import KernelName, group_leaves, run_kernel
 from functional_adam.recycling import copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
-from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
 
 
 def adam_update(
@@ -81,24 +81,11 @@ def adam_update(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
     """
     given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    check_kernel_name(kernel)
-    watched_by = _watcher(given)
-    if donate:
-        if watched_by not in (None, _TRACER) or _requires_grad(given):
-            raise RuntimeError(
-                f"Cannot donate: the update is watched by {watched_by}, which would miss the old values. "
-                "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
-            )
-        if watched_by is None and not is_surely_safe(given.tensors, given.traits):
-            check_donation(given.buffers, given.steps, given.grads, given.others, given.narrow, given.treespec)
-    if watched_by not in (None, _TRACER):
-        check_unsharded(given.buffers, watched_by, given.treespec)
-    if watched_by is None:
-        buffers, steps = _run_kernel(given, kernel, donate=donate)
+    way = select_way(given, kernel, donate=donate)
+    if way.watched_by is None:
+        buffers, steps = _run_kernel(given, way, donate=donate)
     else:
-        # torch has a silent zero for forward over forward mode through any autograd.Function.
-        by_equations = watched_by == _TRACER or (watched_by == _TRANSFORM and forward_levels() > 1)
-        buffers, steps = _run_watched(given, kernel, by_equations=by_equations)
+        buffers, steps = _run_watched(given, way)
         if donate:
             for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
                 old.copy_(new)
@@ -114,34 +101,9 @@ def adam_update(
     )
 
 
-_TRACER = "a compiler or tracer"
-_TRANSFORM = "a torch.func transform or a forward-mode dual level"
-
-
-def _watcher(given: Arguments) -> str | None:
-    """Who needs the update in differentiable, mappable, traceable operations, or None."""
-    if is_tracing():
-        return _TRACER
-    if is_transformed():
-        return _TRANSFORM
-    if _requires_grad(given):
-        return "autograd (an input requires grad and grad mode is on)"
-    return None
-
-
-def _requires_grad(given: Arguments) -> bool:
-    if given.traits is None:
-        return requires_grad(given.tensors)
-    return given.traits.requires_grad and torch.is_grad_enabled()
-
-
-def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
+def _run_kernel(given: Arguments, way: Way, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
     """In place, on the buffers if they are donated, else on copies."""
-    old, stays, traits = given.buffers, _read(given.found_inf), given.traits
-    read = {id(h): h.map(_read) for h in given.scalar_sets}
-    is_ready = traits is not None and traits.is_ready and len(read) == 1
-    devices = {traits.device} if traits else {param.device for param in old.params}
-    chosen = select_kernel(kernel, devices, [*read.values()])
+    old, stays, traits = given.buffers, way.found_inf, given.traits
     new = old if donate else old.with_flat(copies(old.flat, are_small=traits is not None and traits.are_small))
     if donate and traits is not None and len(given.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
@@ -151,7 +113,7 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
     steps = _next_steps(given, advanced, stays)
     leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
     moving, grads = new, cast("list[Tensor]", given.grads)
-    scalars = [*read.values()] * len(grads) if len(read) == 1 else [read[id(h)] for h in given.scalars]
+    scalars = way.scalars
     if not given.is_whole:
         indices = [index for index, grad in enumerate(given.grads) if grad is not None]
         moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
@@ -160,14 +122,14 @@ def _run_kernel(given: Arguments, kernel: KernelName, *, donate: bool) -> tuple[
         if traits is None:
             moving, grads = local_shards(moving, grads)
         run_kernel(
-            chosen,
+            way.kernel,
             moving,
             grads,
             leaf_steps,
             scalars,
-            grad_scale=_read(given.grad_scale),
+            grad_scale=way.grad_scale,
             found_inf=stays if isinstance(stays, Tensor) else None,
-            is_ready=is_ready,
+            is_ready=traits is not None and traits.is_ready and len(given.scalar_sets) == 1,
         )
     if donate:
         # Or autograd would not notice what the fused kernel has written.
@@ -192,7 +154,7 @@ def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[lis
     return params, masters
 
 
-def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) -> tuple[Buffers, list[Tensor]]:
+def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
     """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
     stays = given.found_inf
     rows = [*given.buffers.rows()]
@@ -202,26 +164,26 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
         for index, grad in enumerate(given.grads)
         if grad is not None
     }
-    if by_equations:
+    if way.kernel == EQUATIONS:
         steps = [step + 1 for step in given.steps]
         for index, grad in grads.items():
             step = steps[0 if given.is_step_shared else index]
             rows[index] = update_leaf(rows[index], grad, step, given.scalars[index], given.grad_scale)
     else:
-        sets = given.scalar_sets
-        chosen = select_kernel(kernel, {param.device for param in given.buffers.params}, sets)
         steps = [advance(step) for step in given.steps]
-        if given.traits is not None and given.is_whole and stays is None and len(sets) == 1:
-            every, is_ready = [*grads.values()], given.traits.is_ready
+        traits = given.traits
+        if traits is not None and given.is_whole and stays is None and len(given.scalar_sets) == 1:
+            every, h = [*grads.values()], given.scalar_sets[0]
             new = differentiable_update(
-                chosen, given.buffers, every, given.steps, sets[0], given.grad_scale, is_ready=is_ready
+                way.kernel, given.buffers, every, given.steps, h, given.grad_scale, is_ready=traits.is_ready
             )
             return new, steps
-        for indices in _alike(given.buffers, given.scalars, [*grads]):
-            leaves = given.buffers.take(indices)
+        moving = [*grads]
+        for group in group_leaves(given.buffers.take(moving), [given.scalars[i] for i in moving]):
+            indices = [moving[i] for i in group.indices]
             new = differentiable_update(
-                chosen,
-                leaves,
+                way.kernel,
+                given.buffers.take(indices),
                 [grads[i] for i in indices],
                 given.steps if given.is_step_shared else [given.steps[i] for i in indices],
                 given.scalars[indices[0]],
@@ -239,14 +201,6 @@ def _run_watched(given: Arguments, kernel: KernelName, *, by_equations: bool) ->
     return result, _next_steps(given, steps, stays)
 
 
-def _alike(buffers: Buffers, scalars: list[Scalars], indices: list[int]) -> list[list[int]]:
-    """`indices` in groups of one device, dtype and set of scalars."""
-    groups: dict[Any, list[int]] = {}
-    for i, row in zip(indices, buffers.take(indices).rows(), strict=True):
-        groups.setdefault((row[0].device, compute_dtype(*row), id(scalars[i])), []).append(i)
-    return [*groups.values()]
-
-
 def _next_steps(given: Arguments, advanced: list[Tensor], stays: Tensor | bool | None) -> list[Tensor]:
     """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
     if given.is_whole and stays is None:
@@ -262,9 +216,3 @@ def _next_steps(given: Arguments, advanced: list[Tensor], stays: Tensor | bool |
 
 def _where(stays: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
     return torch.where(stays.to(old.device), old, new) if isinstance(stays, Tensor) else new
-
-
-def _read(x: Any) -> Any:
-    """`x` as a Python number where that costs nothing and hides nothing."""
-    x = whole(x)
-    return x.item() if isinstance(x, Tensor) and is_readable(x) else x

@@ -25,10 +25,11 @@ IMPORTS = {
     "recycling": {"layouts"},
     "traits": {"leaves", "recycling", "tracking"},
     "donation": {"leaves", "tracking", "traits", "trees"},
-    "kernels": {"equations", "hparams", "layouts", "leaves", "tracking"},
+    "kernels": {"equations", "hparams", "leaves"},
+    "planning": {"equations", "hparams", "kernels", "layouts", "leaves", "recycling", "tracking"},
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
-    "packing": {"equations", "hparams", "kernels", "leaves", "recycling", "tracking"},
-    "batching": {"equations", "hparams", "kernels", "leaves", "packing", "tracking"},
+    "packing": {"equations", "hparams", "leaves", "planning", "recycling", "tracking"},
+    "batching": {"equations", "hparams", "leaves", "packing", "planning", "tracking"},
     "rules": {
         "batching",
         "derivatives",
@@ -40,14 +41,16 @@ IMPORTS = {
         "scalars",
         "tracking",
     },
+    "dispatch": {"arguments", "donation", "equations", "hparams", "leaves", "planning", "tracking"},
     "update": {
-        *("arguments", "donation", "equations", "hparams", "kernels", "leaves", "recycling", "rules", "state"),
-        "tracking",
+        *("arguments", "dispatch", "donation", "equations", "hparams", "leaves", "planning", "recycling", "rules"),
+        "state",
     },
-    "transformation": {"hparams", "kernels", "state", "trees", "update"},
+    "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state"},
+    "transformation": {"hparams", "planning", "state", "trees", "update"},
     "checkpoint": {"donation", "hparams", "leaves", "state"},
     "torch_state": {"arguments", "checkpoint", "hparams", "state"},
-    "adapter": {"hparams", "kernels", "state", "update"},
+    "adapter": {"hparams", "planning", "state", "update"},
     "distributed.registration": {"adapter"},
     "distributed.rpc": {"distributed.registration"},
     "distributed.overlap": {"adapter"},
@@ -58,12 +61,12 @@ IMPORTS = {
         "distributed.registration",
         "distributed.rpc",
     },
-    "__init__": {"adapter", "checkpoint", "hparams", "state", "torch_state", "update"},
+    "__init__": {"adapter", "checkpoint", "explanation", "hparams", "state", "torch_state", "update"},
 }
 PACKAGES = [module for module in IMPORTS if module.endswith("__init__")]
 
 PUBLIC_NAMES = {
-    *("AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update"),
+    *("AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update", "explain"),
     *("from_torch_state_dict", "state_from_dict", "state_to_dict", "to_torch_state_dict"),
     "transformation",
 }

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
-from functional_adam import AdamHparams, adam_init, adam_update
+from functional_adam import AdamHparams, adam_init, adam_update, explain
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.processes import WorkerDiedError, Workers
 from tests.tolerances import assert_close, assert_equal, assert_within_roundings
@@ -224,6 +224,23 @@ def test_found_inf_and_grad_scale_may_be_dtensors(workers: Workers):
     for skipped, scaled in workers.run(2, update_with_dtensor_scalars):
         assert_equal(skipped, (params, state))
         assert_close(scaled, expected)
+
+
+def explain_shards() -> Any:
+    mesh = init_device_mesh("cpu", (2,))
+    params = {name: distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]) for name in ("a", "b")}
+    grads = {"a": params["a"], "b": distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])}
+    hparams = AdamHparams()
+    found = explain(params, grads, adam_init(params, hparams), hparams)
+    return found.groups[0].element_count, [x for x in found.copies if "result" not in x.why], found.copies[0].nbytes
+
+
+def test_an_explanation_is_of_this_process_and_names_the_gradients_that_travel(workers: Workers):
+    for count, copies, nbytes in workers.run(2, explain_shards):
+        assert (count, nbytes) == (12, 48)
+        assert [tuple(x) for x in copies] == [
+            (["grads['b']"], 24, "is redistributed to the placements of its parameter")
+        ]
 
 
 def skip_missing() -> Any:

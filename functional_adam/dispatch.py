@@ -1,0 +1,84 @@
+"""What computes an update: a kernel, a kernel within an autograd.Function, or the equations."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_adam.arguments import Arguments
+from functional_adam.donation import check_donation, is_surely_safe
+from functional_adam.equations import Scalars
+from functional_adam.hparams import Scalar
+from functional_adam.leaves import check_unsharded, whole
+from functional_adam.planning import check_kernel_name, select_kernel
+from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
+
+EQUATIONS = "equations"
+_TRACER = "a compiler or tracer"
+_TRANSFORM = "a torch.func transform or a forward-mode dual level"
+_AUTOGRAD = "autograd (an input requires grad and grad mode is on)"
+
+
+class Way(NamedTuple):
+    """How an update is computed. Where nobody watches, numbers are read if that is free."""
+
+    watched_by: str | None  # who needs differentiable, mappable, traceable operations
+    kernel: str  # or EQUATIONS
+    is_nested: bool  # within forward mode within forward mode
+    scalars: list[Scalars]  # one a leaf; equal ones are one object
+    grad_scale: Scalar | None
+    found_inf: Tensor | bool | None
+
+
+def select_way(given: Arguments, kernel: str, *, donate: bool) -> Way:
+    """What will compute the update of the arguments `given`; raise if nothing can as asked."""
+    check_kernel_name(kernel)
+    watched_by = _watcher(given)
+    if donate:
+        _check_donation(given, watched_by)
+    if watched_by == _TRACER:
+        return Way(watched_by, EQUATIONS, False, given.scalars, given.grad_scale, given.found_inf)
+    traits = given.traits
+    devices = {traits.device} if traits else {param.device for param in given.buffers.params}
+    if watched_by is None:
+        distinct: dict[Scalars, Scalars] = {}
+        read = {id(h): distinct.setdefault(now, now) for h in given.scalar_sets for now in (h.map(_read),)}
+        sets = [*distinct]
+        scalars = sets * len(given.grads) if len(sets) == 1 else [read[id(h)] for h in given.scalars]
+        chosen = select_kernel(kernel, devices, sets)
+        return Way(None, chosen, False, scalars, _read(given.grad_scale), _read(given.found_inf))
+    check_unsharded(given.buffers, watched_by, given.treespec)
+    # torch has a silent zero for forward over forward mode through any autograd.Function.
+    is_nested = watched_by == _TRANSFORM and forward_levels() > 1
+    chosen = EQUATIONS if is_nested else select_kernel(kernel, devices, given.scalar_sets)
+    return Way(watched_by, chosen, is_nested, given.scalars, given.grad_scale, given.found_inf)
+
+
+def _watcher(given: Arguments) -> str | None:
+    if is_tracing():
+        return _TRACER
+    if is_transformed():
+        return _TRANSFORM
+    return _AUTOGRAD if _requires_grad(given) else None
+
+
+def _requires_grad(given: Arguments) -> bool:
+    if given.traits is None:
+        return requires_grad(given.tensors)
+    return given.traits.requires_grad and torch.is_grad_enabled()
+
+
+def _check_donation(given: Arguments, watched_by: str | None) -> None:
+    if watched_by not in (None, _TRACER) or _requires_grad(given):
+        raise RuntimeError(
+            f"Cannot donate: the update is watched by {watched_by}, which would miss the old values. "
+            "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
+        )
+    if watched_by is None and not is_surely_safe(given.tensors, given.traits):
+        check_donation(given.buffers, given.steps, given.grads, given.others, given.narrow, given.treespec)
+
+
+def _read(x: Any) -> Any:
+    """`x` as a Python number where that costs nothing and hides nothing."""
+    x = whole(x)
+    return x.item() if isinstance(x, Tensor) and is_readable(x) else x

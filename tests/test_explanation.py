@@ -1,0 +1,309 @@
+"""What `explain` says of an update is what the update does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacfwd, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import functional_adam.kernels
+from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
+from tests.oracles import KERNELS
+
+HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
+donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
+every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The kernel of each call, and how many leaves it got."""
+    found: list[tuple[str, int]] = []
+
+    def spy(name: str, run: Callable[..., None]) -> Callable[..., None]:
+        def spied(batch: Any, *args: Any) -> None:
+            found.append((name, len(batch.grads)))
+            run(batch, *args)
+
+        return spied
+
+    for name in KERNELS:
+        monkeypatch.setattr(planning, f"run_{name}", spy(name, getattr(planning, f"run_{name}")))
+    return found
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each temporary copy that is made for a kernel."""
+    found: list[int] = []
+    empty_like = planning.empty_like
+
+    def spied(x: Tensor, dtype: torch.dtype) -> Tensor:
+        found.append(x.numel() * dtype.itemsize)
+        return empty_like(x, dtype)
+
+    monkeypatch.setattr(planning, "empty_like", spied)
+    return found
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def gaps(rows: int, columns: int) -> Tensor:
+    return randn(rows, 2 * columns)[:, ::2]
+
+
+TREES: dict[str, tuple[Any, Any]] = {
+    "plain": ([randn(2, 3), randn(4)], [randn(2, 3), randn(4)]),
+    "transposed": ([randn(2, 3), randn(4)], [randn(3, 2).T, randn(4)]),
+    "gaps": ([gaps(2, 3), gaps(4, 2)], [randn(2, 3), gaps(4, 2)]),
+    "several_dtypes": (
+        [randn(3), randn(5, dtype=torch.float64), randn(7, dtype=torch.bfloat16), randn(9)],
+        [randn(3), randn(5), randn(7), randn(9, dtype=torch.float64)],
+    ),
+    "complex": ([randn(2, 3, dtype=torch.complex128)], [randn(2, 3, dtype=torch.complex64).conj()]),
+    "negative": ([randn(3)], [randn(3, dtype=torch.complex64).conj().imag]),
+    "scalar": (randn(), randn()),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adam": {},
+    "amsgrad": {"hparams": AdamHparams(amsgrad=True)},
+    "grad_scale": {"grad_scale": 2.0},
+    "float32_moments": {"moment_dtype": torch.float32},
+    "masters": {"master_params": True, "per_leaf_step": True},
+    "groups": {"hparams": AdamHparams(lr=torch.tensor(0.1)), "per_leaf_step": True},
+}
+
+
+def make(tree: str, options: str) -> tuple[tuple[Any, Any, Any, AdamHparams], dict[str, Any]]:
+    """Fresh arguments of an update: what stands in an update's place, and its keywords."""
+    params, grads = TREES[tree]
+    if isinstance(params, list):
+        # Memory of their own for donation, in the layout of the tree's.
+        params = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in params]
+    else:
+        params = params.clone()
+    given = dict(OPTIONS[options])
+    hparams = given.pop("hparams", HPARAMS)
+    update = {name: given.pop(name) for name in ("grad_scale",) if name in given}
+    return (params, grads, adam_init(params, hparams, **given), hparams), update
+
+
+@every_kernel
+@donate_or_not
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tree", TREES)
+def test_the_named_kernel_runs_on_the_named_groups_and_copies(
+    tree: str, options: str, donate: bool, kernel: str, runs: list[tuple[str, int]], copied: list[int]
+) -> None:
+    arguments, keywords = make(tree, options)
+    explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
+    assert (runs, copied) == ([], [])
+    adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
+
+    assert explanation.watched_by is None
+    assert runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
+    temporary = [x for x in explanation.copies if "is a result" not in x.why and "rounded" not in x.why]
+    assert sum(x.nbytes for x in temporary) == sum(copied)
+    assert sum(len(x.tensors) for x in temporary) == len(copied)
+    results = [path for x in explanation.copies if "is a result" in x.why for path in x.tensors]
+    columns = 4 if arguments[3].amsgrad else 3
+    assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_groups_hold_every_leaf_once_with_its_dtype(tree: str) -> None:
+    arguments, _ = make(tree, "adam")
+    params = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
+    explanation = explain(*arguments)
+    paths = [f"params[{i}]" for i in range(len(params))] if isinstance(arguments[0], list) else ["params"]
+    by_path = {path: group for group in explanation.groups for path in group.leaves}
+    assert sorted(path for group in explanation.groups for path in group.leaves) == paths
+    assert [by_path[path].dtype for path in paths] == [x.dtype for x in params]
+    assert sum(group.element_count for group in explanation.groups) == sum(x.numel() for x in params)
+    assert {group.device for group in explanation.groups} == {torch.device("cpu")}
+
+
+def test_groups_show_their_hyperparameters() -> None:
+    params = {"a": randn(2), "b": randn(3), "c": randn(4)}
+    hparams = AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1})
+    groups = explain(params, params, adam_init(params, hparams), hparams).groups
+    assert [(group.leaves, group.scalars.lr) for group in groups] == [
+        (["params['a']", "params['c']"], 0.1),
+        (["params['b']"], 0.2),
+    ]
+
+
+def test_results_are_as_large_as_the_new_tensors() -> None:
+    params = [randn(3), randn(2, 5)]
+    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS).copies
+    assert [(x.tensors, x.nbytes) for x in copies] == [
+        (["params[0]", "params[1]"], 52),
+        (["state.exp_avg[0]", "state.exp_avg[1]"], 52),
+        (["state.exp_avg_sq[0]", "state.exp_avg_sq[1]"], 52),
+    ]
+
+
+def test_masters_are_named_in_the_place_of_their_parameters() -> None:
+    params = [randn(3, dtype=torch.bfloat16), randn(2)]
+    state = adam_init(params, HPARAMS, master_params=True, moment_dtype=torch.float32)
+    grads = [x.clone() for x in params]
+    copies = explain(params, grads, state, HPARAMS, donate=True).copies
+    assert [(x.tensors, x.nbytes, x.why) for x in copies] == [
+        (["params[0]"], 6, "is rounded from its master"),
+        (["grads[0]"], 12, "is of torch.bfloat16 and computed in torch.float32"),
+    ]
+
+
+@pytest.mark.parametrize("found_inf", [1.0, torch.tensor(float("nan"))])
+def test_a_skipped_update_computes_nothing(found_inf: Any, runs: list[tuple[str, int]]) -> None:
+    params = [randn(3), randn(2)]
+    state = adam_init(params, HPARAMS)
+    explanation = explain(params, params, state, HPARAMS, found_inf=found_inf)
+    adam_update(params, params, state, HPARAMS, found_inf=found_inf)
+    assert explanation.groups == []
+    assert explanation.still == ["params[0]", "params[1]"]
+    assert runs == []
+
+
+def test_leaves_without_a_gradient_stand_still(runs: list[tuple[str, int]]) -> None:
+    params = [randn(3), randn(2), randn(4)]
+    grads = [randn(3), None, randn(4)]
+    state = adam_init(params, HPARAMS, per_leaf_step=True)
+    explanation = explain(params, grads, state, HPARAMS)
+    adam_update(params, grads, state, HPARAMS)
+    assert explanation.still == ["params[1]"]
+    assert [group.leaves for group in explanation.groups] == [["params[0]", "params[2]"]]
+    assert runs == [("fused", 2)]
+
+
+@pytest.mark.parametrize("kernel", ["fused", "auto"])
+def test_why_a_kernel_cannot_run_is_what_the_error_says(kernel: str) -> None:
+    params = torch.empty(3, device="meta")
+    state = adam_init(params, HPARAMS)
+    explanation = explain(params, params, state, HPARAMS)
+    assert explanation.computed_by == "foreach"
+    assert list(explanation.reasons) == ["fused", "foreach", "single"]
+    with pytest.raises(RuntimeError, match="kernel='fused' cannot run here: there are leaves on meta") as error:
+        adam_update(params, params, state, HPARAMS, kernel="fused")
+    assert explanation.reasons["fused"] in str(error.value)
+    if kernel == "fused":
+        with pytest.raises(RuntimeError, match="there are leaves on meta") as same:
+            explain(params, params, state, HPARAMS, kernel="fused")
+        assert str(same.value) == str(error.value)
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("_fused_adam_", "fused"), ("_fused_adamw_", "fused")])
+def test_a_torch_without_a_kernel_is_explained(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional_adam.kernels, name, None)
+    params = randn(3)
+    explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS)
+    assert explanation.computed_by == "foreach"
+    assert explanation.reasons[kernel] == "this torch has no torch._fused_adam_"
+
+
+def test_an_explicit_kernel_is_the_reason_against_the_others() -> None:
+    params = randn(3)
+    explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS, kernel="single")
+    assert explanation.reasons == {
+        "fused": "single was asked for",
+        "foreach": "single was asked for",
+        "single": "asked for",
+    }
+
+
+def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tensor) -> Any:
+    """What `explain` says where `transform` runs a function of `x`."""
+    found: list[Any] = []
+
+    def loss(param: Tensor) -> Tensor:
+        found.append(explain(param, param, adam_init(param, HPARAMS), HPARAMS))
+        return adam_update(param, param, adam_init(param, HPARAMS), HPARAMS)[0].sum()
+
+    transform(loss)(x)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("transform", "shape", "computed_by", "watched_by"),
+    [
+        (grad, (3,), "fused", "a torch.func transform"),
+        (vmap, (2, 3), "fused", "a torch.func transform"),
+        (jacfwd, (3,), "fused", "a torch.func transform"),
+        (lambda f: jacfwd(jacfwd(f)), (3,), "equations", "a torch.func transform"),
+        (make_fx, (3,), "equations", "a compiler or tracer"),
+    ],
+    ids=["grad", "vmap", "jvp", "nested", "make_fx"],
+)
+def test_a_watcher_is_named(
+    transform: Any, shape: tuple[int, ...], computed_by: str, watched_by: str, runs: list[tuple[str, int]]
+) -> None:
+    explanation = seen_inside(transform, randn(*shape))
+    assert explanation.computed_by == computed_by
+    assert explanation.watched_by.startswith(watched_by)
+    assert {name for name, _ in runs} == {computed_by} - {"equations"}
+    assert explanation.computed_by in str(explanation)
+    if computed_by == "equations":
+        assert all("is opaque to" in explanation.reasons[name] for name in KERNELS)
+
+
+def test_autograd_is_named_and_donation_refused_alike() -> None:
+    params = randn(3).requires_grad_()
+    state = adam_init(params, HPARAMS)
+    explanation = explain(params, params, state, HPARAMS)
+    assert explanation.watched_by is not None
+    assert explanation.watched_by.startswith("autograd")
+    assert explanation.watched_by in explanation.reasons["fused"]
+    with pytest.raises(RuntimeError, match="Cannot donate: the update is watched by autograd"):
+        explain(params, params, state, HPARAMS, donate=True)
+
+
+X = torch.ones(3)
+BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "shape": ((X, torch.ones(4), adam_init(X, HPARAMS), HPARAMS), {}),
+    "structure": (([X], {"a": X}, adam_init([X], HPARAMS), HPARAMS), {}),
+    "kernel": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"kernel": "cuda"}),
+    "order": ((X, adam_init(X, HPARAMS), X, HPARAMS), {}),
+    "overlap": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"donate": True}),
+    "grad_scale": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"grad_scale": "2"}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_it_raises_what_the_update_raises(case: str) -> None:
+    arguments, keywords = BAD[case]
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\w") as expected:
+        adam_update(*arguments, **keywords)
+    with pytest.raises(expected.type, match=r"\w") as got:
+        explain(*arguments, **keywords)
+    assert str(got.value) == str(expected.value)
+
+
+@donate_or_not
+def test_nothing_is_changed(donate: bool) -> None:
+    (params, grads, state, hparams), _ = make("gaps", "amsgrad")
+    tensors = [*params, *grads, state.step, *state.exp_avg, *state.exp_avg_sq, *state.max_exp_avg_sq]
+    before = [(x.clone(), x._version, x.data_ptr()) for x in tensors]
+    explain(params, grads, state, hparams, donate=donate)
+    for x, (value, version, address) in zip(tensors, before, strict=True):
+        assert torch.equal(x, value)
+        assert (x._version, x.data_ptr()) == (version, address)
+
+
+def test_the_table_has_no_loose_ends() -> None:
+    params = {f"layer{i}": randn(2, 3) for i in range(3)}
+    grads = {**params, "layer1": None}
+    state = adam_init(params, HPARAMS, per_leaf_step=True)
+    lines = str(explain(params, grads, state, HPARAMS, grad_scale=2.0)).splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert max(map(len, lines)) <= 120
+    cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines]
+    assert ["params['layer0'] and 1 other", "12", "torch.float32", "cpu"] in cells
+    assert ["params['layer1']", "nothing: stands still"] in cells
+    assert ["grads['layer0'] and 1 other", "48", "is divided by grad_scale"] in cells
+    plain = str(explain(params, params, adam_init(params, HPARAMS), HPARAMS)).splitlines()
+    assert plain[1].split() == ["fused", "yes", "the", "fastest", "that", "can"]
