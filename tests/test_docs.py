@@ -1,19 +1,123 @@
-"""Every example in docstrings, the README and docs/ runs."""
+"""Every example in docstrings, the README and docs/ runs, every command and link is right, every name has its entry."""
 
+import ast
 import doctest
 import importlib
 import pkgutil
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 import functional_adam
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(functional_adam.__path__, "functional_adam."))
+SUBMODULES = [f"functional_adam.{name}" for name in ("distributed", "recycling", "transformation")]
+
+COMMANDS = {"console", "bash", "indented"}
+DIRECTIVES = {"{include}", "{toctree}", "{eval-rst}"}
+TOOLS = {"ruff", "basedpyright"}
+FOREIGN_MODULES = {"pip", "pytest", "sphinx"}
+
+
+def each_page(pages: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", pages, ids=[page.name for page in pages])
+
+
+def tokens_of(text: str) -> list[Token]:
+    """What a Markdown parser sees, inline text included."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(text)
+    return [token for block in blocks for token in (block, *(block.children or ()))]
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of each block of code."""
+    return [
+        ("indented" if token.type == "code_block" else token.info.partition(" ")[0], token.content)
+        for token in tokens_of(page.read_text())
+        if token.type in ("fence", "code_block")
+    ]
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """The words of each command, in blocks and within a line."""
+    texts = [text for language, text in blocks_of(page) if language in COMMANDS]
+    inline = [token.content for token in tokens_of(page.read_text()) if token.type == "code_inline"]
+    texts += [text for text in inline if text.startswith("python ")]
+    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if words:
+                yield words
+
+
+def flags_of(script: Path) -> set[str]:
+    """The options that `script` gives to argparse."""
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    names = [a.value for c in calls if ast.unparse(c.func).endswith(".add_argument") for a in c.args if is_text(a)]
+    return {"--help", "-h", *(name for name in names if name.startswith("-"))}
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def check_command(words: list[str]) -> None:
+    """What is run exists, and accepts the options."""
+    program, *arguments = words
+    if program != "python":
+        assert program in TOOLS or (ROOT / program).is_file(), words
+        return
+    if arguments[0] == "-m":
+        module, arguments = arguments[1], arguments[2:]
+        if module in FOREIGN_MODULES:
+            check_extras(arguments)
+            return
+        script = ROOT / module.replace(".", "/") / "__main__.py"
+    else:
+        script, arguments = ROOT / arguments[0], arguments[1:]
+    assert script.is_file(), words
+    options = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    assert options <= flags_of(script), words
+
+
+def check_extras(arguments: list[str]) -> None:
+    # Read as text: tomllib is not there in Python 3.10.
+    table = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE))
+    for word in arguments:
+        wanted = re.fullmatch(r"\.\[(.*)\]", word)
+        assert wanted is None or set(wanted.group(1).split(",")) <= extras, word
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of the headings, as GitHub and the site make them."""
+    tokens = tokens_of(page.read_text())
+    titles = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links_of(text: str) -> list[str]:
+    """Targets within the repository."""
+    targets = [token.attrGet("href") or token.attrGet("src") for token in tokens_of(text)]
+    return [str(target) for target in targets if target and not re.match(r"\w+:", str(target))]
+
+
+@pytest.fixture
+def torn_down() -> Iterator[None]:
+    """No process group outlives a page that failed half-way."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -29,17 +133,66 @@ def test_public_docstrings_have_an_example(name: str):
     assert any(test.examples for test in finder.find(public, name)), f"{name} has no example"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page(PAGES)
+@pytest.mark.usefixtures("torn_down")
 def test_python_blocks_run(page: Path):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     namespace: dict[str, object] = {}
     torch.manual_seed(0)
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
+    for language, text in blocks_of(page):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), namespace)
+
+
+@each_page(TEXTS)
+def test_no_block_escapes(page: Path):
+    # Text is what nothing of ours could run: code of another library, output.
+    assert {language for language, _ in blocks_of(page)} <= {"python", "text"} | COMMANDS | DIRECTIVES
+
+
+@each_page(TEXTS)
+def test_commands_can_be_run(page: Path):
+    for words in commands_of(page):
+        check_command(words)
+
+
+@each_page(TEXTS)
+def test_links_lead_somewhere(page: Path):
+    for link in links_of(page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert target.resolve().is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_readme_links_lead_somewhere_in_the_site():
+    # The first page of the site is the README up to that heading, and takes only what lies under docs/.
+    assert '{include} ../README.md\n:end-before: "## Documentation"\n' in (DOCS / "index.md").read_text()
+    shown, _ = (ROOT / "README.md").read_text().split("\n## Documentation\n")
+    for link in links_of(shown):
+        assert link.startswith(("docs/", "#")), link
+
+
+@each_page(PAGES[1:])
+def test_lines_of_text_are_short(page: Path):
+    for line in page.read_text().splitlines():
+        assert len(line) <= 120 or line.startswith("| "), line
 
 
 def test_readme_has_its_example():
-    text = (ROOT / "README.md").read_text()
-    first = re.search(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert first
-    assert 8 <= len(first.group(1).strip().splitlines()) <= 16
+    first = next(text for language, text in blocks_of(ROOT / "README.md") if language == "python")
+    assert 8 <= len(first.strip().splitlines()) <= 16
+
+
+def public_names_of(module_name: str) -> set[str]:
+    module = importlib.import_module(module_name)
+    own = {name for name, x in vars(module).items() if getattr(x, "__module__", None) == module_name}
+    return {f"{module_name}.{name}" for name in getattr(module, "__all__", own) if not name.startswith("_")}
+
+
+def test_the_api_page_has_every_public_name_once():
+    shown = re.findall(r"^\.\. auto\w+:: (\S+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE)
+    top = {f"functional_adam.{name}" for name in functional_adam.__all__}
+    expected = top.union(SUBMODULES, *map(public_names_of, SUBMODULES))
+    full = [name if name.startswith("functional_adam.") else f"functional_adam.{name}" for name in shown]
+    assert sorted(full) == sorted(expected)
