@@ -74,7 +74,12 @@ def flatten_arguments(
             remember(listed, traits)
     # A bare tensor's shared step is its own.
     if is_step_shared and not listed.is_whole and not treespec.is_leaf():
-        _check_all_given(grad_leaves, treespec)
+        missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
+        raise ValueError(
+            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot stand still "
+            "for one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips "
+            "the leaf."
+        )
     return Arguments(
         treespec,
         buffers,
@@ -153,16 +158,6 @@ def _with_masters(
     has_master = [not _is_absent(master) for master in masters]
     wide = [m if has else x for x, m, has in zip(leaves, masters, has_master, strict=True)]
     return wide, {i: x for i, (x, has) in enumerate(zip(leaves, has_master, strict=True)) if has}
-
-
-def _check_all_given(grads: list[Any], treespec: PyTreeSpec) -> None:
-    for index, grad in enumerate(grads):
-        if grad is None:
-            raise ValueError(
-                f"{path_of(treespec, index, 'grads')} is None, but all leaves share one step, which cannot stand still "
-                "for one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips "
-                "the leaf."
-            )
 
 
 def _zero_dim(value: Any, name: str) -> Tensor:

@@ -156,6 +156,8 @@ def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Ten
     """Tangents of (p', m', v', u') from those of the leaf and of the scalars."""
     p, m, v, u, g = tangents
     t = Local(*(None if x is None else _cast(x, at.m) for x in local))
+    # The step is a tensor, and torch gives a tensor that stands still a tangent of zeros.
+    step_size, root_correction = _cast(local.step_size, at.m), _cast(local.root_correction, at.m)
     g = (-g if at.is_maximized else g) + at.weight_decay * p
     g = g if t.weight_decay is None else g + t.weight_decay * p_in
     p = at.decay * p
@@ -168,14 +170,11 @@ def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Ten
     if at.share is not None and u is not None:
         largest = u = at.share * v + (1 - at.share) * u
     denominator = largest * at.half / at.root_correction
-    if t.root_correction is not None:
-        denominator = denominator - at.root * t.root_correction / (at.root_correction * at.root_correction)
+    denominator = denominator - at.root * root_correction / (at.root_correction * at.root_correction)
     if t.eps is not None:
         denominator = denominator + t.eps
     p = p - at.step_size * at.inverse * (m - at.new_m * at.inverse * denominator)
-    if t.step_size is not None:
-        p = p - t.step_size * at.new_m * at.inverse
-    return p, m, v, u
+    return p - step_size * at.new_m * at.inverse, m, v, u
 
 
 def _cast(x: Scalar | None, like: Tensor) -> Scalar:

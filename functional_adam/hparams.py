@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -19,6 +19,8 @@ from functional_adam.tracking import is_readable, is_tracing
 Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any
 """A `Scalar`, or a pytree of them that is a prefix of params. optree sets no bound on what a node is."""
+
+_STRUCTURE = {"pytree_node": False}  # to optree, a field that is no child
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +66,9 @@ class AdamHparams:
     betas: tuple[ScalarTree, ScalarTree] = (0.9, 0.999)
     eps: ScalarTree = 1e-8
     weight_decay: ScalarTree = 0.0
-    amsgrad: bool = False
-    maximize: bool = False
-    decoupled_weight_decay: bool = False
+    amsgrad: bool = field(default=False, metadata=_STRUCTURE)
+    maximize: bool = field(default=False, metadata=_STRUCTURE)
+    decoupled_weight_decay: bool = field(default=False, metadata=_STRUCTURE)
 
     def __post_init__(self) -> None:
         betas: Any = self.betas

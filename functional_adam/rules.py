@@ -284,7 +284,7 @@ def _put_together(columns: list[list[list[Tensor]]], like: list[Tensor]) -> Iter
 
 
 def _plus(x: Any, y: Any) -> Any:
-    return y if x is None else x if y is None else x + y
+    return y if x is None else x + y
 
 
 def _as(cotangent: Any, like: Any) -> Any:

@@ -48,7 +48,7 @@ def local_scalars(h: Scalars, step: Scalar) -> Local:
 
 
 def numbers_vjp(h: Scalars, step: Scalar, local: Local, wanted: Collection[str]) -> Numbers:
-    """Cotangents of the numbers that an update is given, from those of a leaf's scalars."""
+    """Cotangents of the `wanted` numbers that an update is given, from those of the scalars that they reach."""
     slopes = _slopes(h, step, wanted)
 
     def pull(name: str, direct: Scalar | None) -> Scalar | None:
@@ -56,9 +56,8 @@ def numbers_vjp(h: Scalars, step: Scalar, local: Local, wanted: Collection[str])
             return None
         total = direct
         for target, slope in slopes[name].items():
-            cotangent = getattr(local, target)
-            if cotangent is not None:
-                total = slope * cotangent if total is None else total + slope * cotangent
+            change = slope * getattr(local, target)
+            total = change if total is None else total + change
         return total
 
     return Numbers(

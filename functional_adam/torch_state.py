@@ -206,9 +206,7 @@ def _hparams_of(
 
 
 def _plain(value: Any) -> Any:
-    """`value` with Python numbers for tensors, to be compared."""
-    if isinstance(value, (tuple, list)):
-        return [*map(_plain, value)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    """`value`, to be compared: Python numbers for a tensor."""
     return cast("Any", value).tolist() if isinstance(value, Tensor) else value
 
 

@@ -31,10 +31,7 @@ def is_tracing() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or a forward-mode dual level is open."""
-    # Dynamo cannot trace the question, and has its own way with transforms.
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a torch.func transform or a forward-mode dual level is open. Under a compiler, ask `is_tracing` first."""
     return _is_functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 

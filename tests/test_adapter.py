@@ -251,6 +251,11 @@ def test_an_empty_list_is_refused_unless_allowed() -> None:
     assert _FunctionalAdam([], _allow_empty_param_list=True).param_group["params"] == []
 
 
+def test_one_tensor_is_no_list_of_parameters() -> None:
+    with pytest.raises(TypeError, match=r"should be an iterable of Tensors or dicts, but got torch\.FloatTensor"):
+        _FunctionalAdam(torch.ones(2))
+
+
 # Failures change nothing.
 
 

@@ -378,6 +378,9 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "nan_step": (one_leaf(step=float("nan")), ValueError, r"expected a whole number"),
     "step_of_no_kind": (one_leaf(step="1"), TypeError, r"\['step'\] is of type str, expected a number"),
     "flag_step": (one_leaf(step=True), TypeError, r"\['step'\] is of type bool, expected a number"),
+    "bool_step": (one_leaf(step=torch.tensor(True)), TypeError, r"\['step'\] is of torch\.bool, expected a real"),
+    "complex_step": (one_leaf(step=torch.tensor(1j)), TypeError, r"\['step'\] is of torch\.complex64, expected a real"),
+    "one_beta": (with_group(betas=(0.9,)), ValueError, r"\[0\]\['betas'\] is \(0\.9,\), expected a pair of numbers"),
     "stacked_step": (one_leaf(step=torch.ones(3)), ValueError, r"\['step'\] has shape \(3,\), expected \(\)"),
 }
 

@@ -241,6 +241,46 @@ class Update(torch.nn.Module):
         return params, {name: getattr(new_state, name) for name in state}
 
 
+def exported(function: Callable[..., Any], *given: Any) -> Callable[..., Any]:
+    class Module(torch.nn.Module):
+        def forward(self, *arguments: Any) -> Any:
+            return function(*arguments)
+
+    return torch.export.export(Module(), given).module()
+
+
+RECORDERS: dict[str, Callable[..., Callable[..., Any]]] = {
+    "compile": lambda function, *_: torch.compile(function, fullgraph=True, backend="aot_eager"),
+    "export": exported,
+    "make_fx": lambda function, *given: make_fx(function)(*given),
+}
+
+
+@pytest.mark.parametrize("how", RECORDERS)
+def test_numbers_in_trees_are_recorded_like_others(how: str) -> None:
+    def run(params: Any, grads: Any, first: Tensor) -> Any:
+        hparams = AdamHparams(lr={"w": first, "b": 0.2}, weight_decay={"w": 0.0, "b": [0.1, 0.3]})
+        params, state = adam_update(params, grads, adam_init(params, hparams), hparams)
+        return params, state.step, state.exp_avg
+
+    params, first = make_tree(), torch.tensor(0.1)
+    recorded = RECORDERS[how](run, params, random_like(params, 1), first)
+    for seed in (1, 2, 3):
+        given = params, random_like(params, seed), first * seed
+        assert_close(recorded(*given), run(*given))
+
+
+@pytest.mark.parametrize("how", RECORDERS)
+def test_a_wrong_number_in_a_tree_is_an_error_of_the_recording_too(how: str) -> None:
+    def run(params: Any) -> Any:
+        hparams = AdamHparams(lr={"w": 0.1, "b": "a little"})
+        return adam_update(params, params, adam_init(params, hparams), hparams)[0]
+
+    params = make_tree()
+    with pytest.raises(Exception, match=r"hparams\.lr is 'a little' \(str\)\. Expected a number"):
+        RECORDERS[how](run, params)(params)
+
+
 @each_flags
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_update_equals_eager_for_other_values(flags: str, strict: bool) -> None:

@@ -156,17 +156,25 @@ def test_ddp_overlap_leaves_others_parameters_alone_and_waits_for_summed_gradien
         assert_close(params, expected)
 
 
-def train_with_a_hook_that_returns_another_tensor() -> list[Tensor]:
-    def double(_: Any, bucket: Any) -> Any:
+def train_with_a_hook_that_returns_another_tensor(way: str) -> list[Tensor]:
+    states: list[str] = []
+
+    def double(state: str, bucket: Any) -> Any:
+        states.append(state)
         future = torch.futures.Future()
         future.set_result([bucket.buffer() * 2])
         return future
 
     model = make_model()
     ddp = DistributedDataParallel(model)
-    ddp.register_comm_hook(None, hook_then_step(double, _FunctionalAdam(model.parameters(), **OPTIONS)))
+    optimizer = _FunctionalAdam(model.parameters(), **OPTIONS)
+    if way == "hook_then_step":
+        ddp.register_comm_hook("the state", hook_then_step(double, optimizer))
+    else:
+        step_in_ddp(ddp, optimizer, hook=double, state="the state")
     before = values(model.parameters())
     loss_of(ddp, 0, 0).backward()
+    assert states == ["the state"]
     after, twice = values(model.parameters()), [p.grad for p in model.parameters()]
     optimizer = torch.optim.Adam(before, **OPTIONS, foreach=False)
     for param, grad in zip(before, twice, strict=True):
@@ -179,8 +187,9 @@ def train_with_a_hook_that_returns_another_tensor() -> list[Tensor]:
     return after
 
 
-def test_ddp_overlap_steps_by_what_the_hook_returns(workers: Workers) -> None:
-    workers.run(1, train_with_a_hook_that_returns_another_tensor)
+@pytest.mark.parametrize("way", ["hook_then_step", "step_in_ddp"])
+def test_ddp_overlap_steps_by_what_the_hook_returns(workers: Workers, way: str) -> None:
+    workers.run(1, train_with_a_hook_that_returns_another_tensor, way)
 
 
 def fail_in_the_hook() -> tuple[str, bool]:

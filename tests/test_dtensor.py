@@ -553,8 +553,9 @@ def test_checkpoint_of_two_processes_continues_on_others(workers: Workers, plain
 def test_a_killed_run_loses_only_what_followed_the_last_complete_checkpoint(
     workers: Workers, plain: Any, tmp_path: Path, crash: str
 ):
-    with pytest.raises(WorkerDiedError, match="died with exit code -9"):
-        workers.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6), crash)
+    # Of their own: with a killed process goes its record of the lines that it has run.
+    with Workers() as doomed, pytest.raises(WorkerDiedError, match="died with exit code -9"):
+        doomed.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6), crash)
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.name == "step-00000003"

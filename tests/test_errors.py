@@ -1,6 +1,8 @@
 """A wrong call raises the right class, says where, what came, what was expected, what to do, and changes nothing."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,6 +147,11 @@ def drop(key: str) -> Callable[[Call], Call]:
     return lambda call: call._replace(grads={k: v for k, v in call.grads.items() if k != key})
 
 
+def without_layer(call: Call) -> Call:
+    params = {**call.params, "layer": None}
+    return call._replace(params=params, state=adam_init(params, call.hparams))
+
+
 def moments_without(name: str, key: str) -> Callable[[Call], Call]:
     return lambda call: call._replace(
         state=call.state._replace(**{name: {k: v for k, v in getattr(call.state, name).items() if k != key}})
@@ -209,6 +216,16 @@ FAULTS: dict[str, Fault] = {
         ValueError,
         ("grads['layer']", "is None", "params['layer'] is of type list", "structure of params"),
         grads(layer=None),
+    ),
+    "tensor for None": Fault(
+        ValueError,
+        ("grads['layer']", "type Tensor", "params['layer'] is None", "structure of params"),
+        lambda call: grads(layer=torch.ones(3))(without_layer(call)),
+    ),
+    "longer tuple behind None": Fault(
+        ValueError,
+        ("grads['pair']", "length 3", "params['pair'] has length 2", "structure of params"),
+        lambda call: grads(layer=None, pair=(torch.ones(5),) * 3)(without_layer(call)),
     ),
     "list for leaf": Fault(
         TypeError, ("grads['layer'][0]", "type list", "Expected a tensor"), first_grad(lambda x: list(x))
@@ -546,6 +563,40 @@ def test_fused_cannot_run_on_the_meta_device_and_auto_can() -> None:
         new, new_state = adam_update(param, param, state, HPARAMS, kernel=kernel)
         assert (new.device.type, new.shape) == ("meta", (3,))
         assert new_state.step.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "missing", "chosen"),
+    [
+        (("_fused_adam_",), {"fused": "_fused_adam_"}, "foreach"),
+        (("_fused_adamw_",), {"fused": "_fused_adam_"}, "foreach"),
+        (("_fused_adam_", "_foreach_addcdiv_"), {"fused": "_fused_adam_", "foreach": "_foreach_addcdiv_"}, "single"),
+    ],
+)
+def test_a_torch_without_a_kernel_says_so_and_auto_takes_the_next(
+    hidden: tuple[str, ...], missing: dict[str, str], chosen: str
+) -> None:
+    code = f"""
+import torch
+for name in {hidden}:
+    delattr(torch, name)
+from functional_adam import AdamHparams, adam_init, adam_update
+
+params, hparams = torch.tensor([1.0, -2.0]), AdamHparams(lr=0.1)
+state = adam_init(params, hparams)
+for kernel, name in {missing}.items():
+    try:
+        adam_update(params, params, state, hparams, kernel=kernel)
+    except RuntimeError as error:
+        text = f"kernel='{{kernel}}' cannot run here: this torch has no torch.{{name}}. Use kernel='auto'."
+        assert str(error) == text, error
+    else:
+        raise AssertionError(kernel)
+(auto, _), (chosen, _) = (adam_update(params, params, state, hparams, kernel=k) for k in ("auto", "{chosen}"))
+assert torch.equal(auto, chosen) and not torch.equal(auto, params)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

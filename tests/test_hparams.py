@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,31 @@ def test_it_is_a_node_without_naming_a_namespace() -> None:
     assert not optree.tree_is_leaf(AdamHparams())
     assert optree.tree_leaves({"a": AdamHparams(), "b": 1.0}) == [*leaves_of(AdamHparams()), 1.0]
     assert optree.tree_leaves(AdamHparams(), namespace="another") == leaves_of(AdamHparams())
+
+
+def test_an_optree_without_its_private_name_makes_the_same_node() -> None:
+    code = """
+import importlib, types
+import optree, torch
+
+real = importlib.import_module
+importlib.import_module = lambda name: types.ModuleType(name) if name == "optree.registry" else real(name)
+import functional_adam.hparams
+importlib.import_module = real
+from functional_adam import AdamHparams, adam_init, adam_update
+
+hparams = AdamHparams(lr=0.1, maximize=True)
+assert optree.tree_leaves(hparams) == [0.1, 0.9, 0.999, 1e-08, 0.0]
+assert optree.tree_map(lambda x: x / 2, hparams) == AdamHparams(
+    lr=0.05, betas=(0.45, 0.4995), eps=5e-9, maximize=True
+)
+assert optree.tree_structure(hparams) != optree.tree_structure(AdamHparams(lr=0.1))
+assert [path.codify("hparams") for path in optree.tree_accessors(hparams)][:2] == ["hparams.lr", "hparams.betas[0]"]
+params = torch.ones(2)
+assert adam_update(params, params, adam_init(params, hparams), hparams)[0].allclose(torch.tensor(1.1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_paths_name_the_fields() -> None:

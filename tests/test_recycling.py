@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import io
 import os
 import pickle
@@ -672,6 +673,21 @@ def test_a_child_of_a_fork_begins_with_an_empty_cache():
     assert os.read(read, 64) == b"0"
     os.close(read)
     assert cached_bytes() == kept
+
+
+def test_a_system_without_forks_recycles_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "register_at_fork")
+    spec = importlib.util.find_spec("functional_adam.recycling")
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    large = torch.zeros(COUNT)
+    (copied,) = again.copies([large])
+    assert torch.equal(copied, large)
+    assert again.cached_bytes() == 0
+    del copied
+    assert again.cached_bytes() == large.nbytes
 
 
 def test_plain_tensors_in_fake_mode_are_left_to_it():

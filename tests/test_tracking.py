@@ -933,12 +933,28 @@ def test_a_traced_donation_writes_into_the_given_buffers() -> None:
     assert [x.data_ptr() for x in tensors_of(got)] == pointers
 
 
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_a_torch_without_the_level_of_duals_counts_as_one_with_duals(
+    per_leaf_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, grads, hparams = small_tree(0), small_tree(1), AdamHparams(lr=0.1)
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    expected = adam_update(params, grads, state, hparams)
+    with monkeypatch.context() as hidden:
+        hidden.delattr(forward_ad, "_current_level")
+        got = adam_update(params, grads, state, hparams)
+        with pytest.raises(RuntimeError, match="forward-mode dual level"):
+            adam_update(params, grads, state, hparams, donate=True)
+    assert_close(got, expected, rtol=0, atol=0)
+
+
 PRIVATE_NAMES = (
     "_are_functorch_transforms_active",
     "_functorch.get_interpreter_stack",
     "_functorch.get_unwrapped",
     "_functorch.is_functorch_wrapped_tensor",
     "_functorch.is_gradtrackingtensor",
+    "_functorch.is_legacy_batchedtensor",
 )
 
 
@@ -967,6 +983,10 @@ assert abs(grad(grad(f))(lr).item() - 4) < 1e-6
 assert torch.allclose(vmap(f)(rates), torch.stack([f(x) for x in rates]))
 total = grad(lambda scale: vmap(lambda g: f(0.1, g))(scale * torch.ones(3, 2, dtype=torch.float64)).sum())(lr)
 assert total.isfinite()
+q, hparams = p.clone().requires_grad_(), AdamHparams(lr=0.1)
+new = adam_update(q, p, adam_init(p, hparams), hparams)[0]
+eye = torch.eye(2, dtype=torch.float64)
+assert torch.equal(torch.autograd.grad(new, q, eye, is_grads_batched=True)[0], eye)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

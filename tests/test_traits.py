@@ -1,6 +1,7 @@
 """What is remembered about the tensors of an update changes no result and no error, and keeps nothing alive."""
 
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -138,6 +139,32 @@ def test_remembered_or_not_results_are_the_same(kind: str, donate: bool, monkeyp
         assert outcome(KINDS[kind](seed), donate=donate) == remembered[seed]
         assert traits._known == ()
     assert isinstance(remembered[0], list)
+
+
+class Sure:
+    """Guards that find everything alike."""
+
+    def __init__(self, *_: Tensor, **__: None) -> None:
+        pass
+
+    def check(self, *_: Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("change", ["no_module", "no_class", "other_arguments", "other_methods", "other_meaning"])
+def test_private_guards_are_taken_only_if_they_compare_what_they_should(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert traits._find_guards() is traits._guards is not None
+    module = "torch._C._dynamo.guards"
+    if change == "no_module":
+        monkeypatch.setitem(sys.modules, module, None)
+    elif change == "no_class":
+        monkeypatch.delattr(sys.modules[module], "TensorGuards")
+    else:
+        guards = {"other_arguments": lambda _: Sure(), "other_methods": lambda *_, **__: None, "other_meaning": Sure}
+        monkeypatch.setattr(sys.modules[module], "TensorGuards", guards[change])
+    assert traits._find_guards() is None
 
 
 def test_a_training_loop_looks_once(searches: list[int]) -> None:
