@@ -26,14 +26,19 @@ SCHEDULE = {"peak": 0.1, "warmup": 5, "total": 30}
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-@pytest.fixture(scope="module")
-def recipes() -> SimpleNamespace:
+def run_page() -> SimpleNamespace:
+    """What the blocks of the page define."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     namespace: dict[str, Any] = {}
     torch.manual_seed(0)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), namespace)
     return SimpleNamespace(**namespace)
+
+
+@pytest.fixture(scope="module")
+def recipes() -> SimpleNamespace:
+    return run_page()
 
 
 @pytest.fixture

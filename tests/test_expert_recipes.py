@@ -1,0 +1,638 @@
+"""The recipes of docs/recipes.md for averages, unrolling, inference mode and CUDA graphs hold what the page says."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.func import grad, jvp, vmap
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import functional_adam.hparams
+import functional_adam.update
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.oracles import KERNELS
+from tests.strategies import random_tensor
+from tests.test_cuda_path import SYNCS, CopyByOp, Recorder, assert_no_sync, tensors_of
+from tests.test_recipes import make_tree, run_page, stacked
+from tests.tolerances import assert_close, assert_equal
+
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+@pytest.fixture(scope="module")
+def recipes() -> SimpleNamespace:
+    return run_page()
+
+
+@pytest.fixture
+def _fake_cuda() -> Iterator[None]:
+    with FakeTensorMode(), CopyByOp():
+        yield
+
+
+def assert_all_on_device(recorder: Recorder) -> None:
+    """No op reads a value, and none takes one from the host's memory."""
+    assert_no_sync(recorder)
+    for name, args, kwargs, result in recorder.calls:
+        assert {x.device.type for x in tensors_of((args, kwargs, result))} <= {"cuda"}, name
+
+
+# Averages.
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_an_average_is_that_of_torch(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
+    model = torch.nn.ParameterList(optree.tree_leaves(make_tree(dtype=dtype)))
+    oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    average = None
+    for seed in range(4):
+        tree = make_tree(10 * seed, dtype)
+        for parameter, value in zip(model, optree.tree_leaves(tree), strict=True):
+            parameter.data.copy_(value)
+        oracle.update_parameters(model)
+        before = optree.tree_map(torch.clone, (average, tree))
+        new = tree if average is None else recipes.ema_update(average, tree, decay)
+        assert_equal((average, tree), before)
+        average = new
+        assert_equal(optree.tree_leaves(average), [x.detach() for x in oracle.module])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_unbiased_average_is_the_weighted_mean(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    trees = [make_tree(10 * seed, dtype) for seed in range(5)]
+    average = optree.tree_map(lambda p: torch.zeros_like(p, dtype=wide), trees[0])
+    for count, tree in enumerate(trees, start=1):
+        average = recipes.ema_update(average, tree, decay)
+        weights = decay ** np.arange(count - 1, -1, -1.0)
+        expected = optree.tree_map(
+            lambda *xs, w=weights: np.average([x.double().numpy() for x in xs], axis=0, weights=w), *trees[:count]
+        )
+        got = recipes.ema_unbiased(average, torch.tensor(float(count)), decay)
+        assert_close(got, expected)
+        assert {x.dtype for x in optree.tree_leaves(got)} == {wide}
+
+
+def test_members_have_averages_and_decays_of_their_own(recipes: SimpleNamespace) -> None:
+    decays, counts = torch.tensor([0.5, 0.9, 0.99]), torch.tensor([1.0, 2.0, 3.0])
+    averages, members = [make_tree(s) for s in (0, 10, 20)], [make_tree(s) for s in (30, 40, 50)]
+    got = vmap(recipes.ema_update)(stacked(averages), stacked(members), decays)
+    assert_close(got, stacked([*map(recipes.ema_update, averages, members, decays)]))
+    unbiased = vmap(recipes.ema_unbiased)(got, counts, decays)
+    each = zip(recipes.unstack(got), counts, decays, strict=True)
+    assert_close(unbiased, stacked([recipes.ema_unbiased(*one) for one in each]))
+    assert {x.dtype for x in optree.tree_leaves((got, unbiased))} == {torch.float32}
+
+
+def test_an_average_in_float32_keeps_what_half_types_round_away(recipes: SimpleNamespace) -> None:
+    params = {"w": torch.tensor([1.5], dtype=torch.bfloat16)}
+    for dtype, expected in ((torch.float32, 1.0 + 0.5 * (1 - 0.999**10)), (torch.bfloat16, 1.0)):
+        average = {"w": torch.ones(1, dtype=dtype)}
+        for _ in range(10):
+            average = recipes.ema_update(average, params, 0.999)
+        assert_close(average["w"], torch.tensor([expected], dtype=torch.float64), torch.float32)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_averages_are_compiled_whole(recipes: SimpleNamespace) -> None:
+    def both(average: Any, params: Any, count: Tensor) -> Any:
+        average = recipes.ema_update(average, params, 0.9)
+        return average, recipes.ema_unbiased(average, count, 0.9)
+
+    given = make_tree(), make_tree(10), torch.tensor(2.0)
+    assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(*given), both(*given))
+
+
+@pytest.mark.usefixtures("_fake_cuda")
+def test_averages_stay_on_the_device(recipes: SimpleNamespace) -> None:
+    average, params = ({"w": torch.empty(3, device="cuda")} for _ in range(2))
+    with Recorder() as recorder:
+        average = recipes.ema_update(average, params, 0.9)
+        recipes.ema_unbiased(average, torch.empty((), device="cuda"), 0.9)
+    assert_all_on_device(recorder)
+
+
+# Unrolled steps. The oracle is Adam in plain operations of torch.
+
+
+def plain_steps(
+    recipes: SimpleNamespace, lr: Tensor, start: list[Tensor], steps: int, window: int | None = None
+) -> Tensor:
+    """The loss after `steps` steps on the leaves of the page's parameters, differentiable through the last window."""
+    treespec = optree.tree_structure(recipes.params)
+    p = [x.detach().requires_grad_() for x in start]
+    m, v = [torch.zeros_like(x) for x in p], [torch.zeros_like(x) for x in p]
+    for t in range(1, steps + 1):
+        if window is not None and (t - 1) % window == 0:
+            p, m, v = ([x.detach() for x in column] for column in (p, m, v))
+            p = [x.requires_grad_() for x in p]
+        g = torch.autograd.grad(loss_of(recipes, treespec.unflatten(p)), p, create_graph=True)
+        m = [0.9 * a + 0.1 * b for a, b in zip(m, g, strict=True)]
+        v = [0.999 * a + 0.001 * b * b for a, b in zip(v, g, strict=True)]
+        size, root = lr / (1 - 0.9**t), (1 - 0.999**t) ** 0.5
+        p = [x - size * a / (b.sqrt() / root + 1e-8) for x, a, b in zip(p, m, v, strict=True)]
+    return loss_of(recipes, treespec.unflatten(p))
+
+
+def loss_of(recipes: SimpleNamespace, params: Any) -> Tensor:
+    space = recipes.loss.__globals__
+    return recipes.loss(params, space["x"], space["y"])
+
+
+@pytest.fixture
+def wide(recipes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The page's parameters and data in float64."""
+    space = recipes.loss.__globals__
+    for name in ("x", "y"):
+        monkeypatch.setitem(space, name, space[name].double())
+    return optree.tree_map(Tensor.double, recipes.params)
+
+
+def tracked_lr() -> Tensor:
+    return torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 6])
+def test_a_truncated_gradient_is_that_of_the_last_window(recipes: SimpleNamespace, wide: Any, window: int) -> None:
+    lr = tracked_lr()
+    expected = plain_steps(recipes, lr, optree.tree_leaves(wide), 6, window)
+    (slope,) = torch.autograd.grad(expected, lr)
+    state = adam_init(wide, AdamHparams())
+
+    def after(lr: Tensor) -> Tensor:
+        return recipes.loss_after(lr, wide, state, steps=6, window=window)[0]
+
+    assert_close(after(lr), expected)
+    assert_close(grad(after)(lr.detach()), slope)
+    assert_close(torch.autograd.grad(after(lr), lr), (slope,))
+    assert_close(jvp(after, (lr.detach(),), (torch.ones_like(lr),))[1], slope)
+    assert_close(vmap(grad(after))(torch.stack([lr.detach()] * 2)), torch.stack([slope] * 2))
+    full = grad(lambda lr: recipes.loss_after(lr, wide, state, steps=6, window=6)[0])(lr.detach())
+    assert torch.isclose(full, slope, rtol=1e-3) == (window == 6)
+
+
+def test_windows_one_by_one_are_one_truncated_run(recipes: SimpleNamespace, wide: Any) -> None:
+    params, state, lr = wide, adam_init(wide, AdamHparams()), tracked_lr().detach()
+    window = grad(recipes.loss_after, has_aux=True)
+    for _ in range(3):
+        slope, (params, state) = window(lr, params, state, steps=2, window=2)
+    whole, end = window(lr, wide, adam_init(wide, AdamHparams()), steps=6, window=2)
+    assert_equal((slope, (params, state)), (whole, end))
+    assert not any(x.requires_grad for x in optree.tree_leaves((params, state)))
+
+
+class LiveBytes(TorchDispatchMode):
+    """How many bytes of tensors that operations have made are alive now, and how many were at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            storage = tensor.untyped_storage()
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def free(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def test_what_is_cut_off_is_freed(recipes: SimpleNamespace) -> None:
+    state = adam_init(recipes.params, AdamHparams())
+
+    def alive(steps: int, window: int) -> int:
+        lr = torch.tensor(0.1, requires_grad=True)
+        with LiveBytes() as live:
+            result = recipes.loss_after(lr, recipes.params, state, steps=steps, window=window)
+            assert result[0].requires_grad
+            return live.now
+
+    for window in (1, 2, 4):
+        assert alive(2 * window, window) == alive(8 * window, window)
+        assert alive(8, window) < alive(8, 2 * window)
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+def test_a_gradient_through_chunks_is_that_without(recipes: SimpleNamespace, wide: Any, chunk: int) -> None:
+    lr = tracked_lr()
+    oracle = plain_steps(recipes, lr, optree.tree_leaves(wide), 6)
+    (expected,) = torch.autograd.grad(oracle, lr)
+    loss = recipes.loss_after_chunks(lr, wide, steps=6, chunk=chunk)
+    loss.backward()
+    assert_close((loss, lr.grad), (oracle, expected))
+
+
+def test_reentrant_chunks_take_backward_alone(recipes: SimpleNamespace) -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    loss = recipes.loss_after_chunks(lr, recipes.params, steps=2, chunk=1)
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        torch.autograd.grad(loss, lr)
+
+
+def test_a_gradient_through_checkpointed_steps_is_that_without(recipes: SimpleNamespace, wide: Any) -> None:
+    def unrolled(lr: Tensor) -> Tensor:
+        params = optree.tree_map(lambda p: p.detach().requires_grad_(), wide)
+        state = adam_init(params, AdamHparams())
+        for _ in range(6):
+            params, state = recipes.step_by_autograd(lr, params, state)
+        return loss_of(recipes, params)
+
+    def slopes(loss: Tensor) -> Any:
+        (first,) = torch.autograd.grad(loss, lr, create_graph=True)
+        return loss, first, *torch.autograd.grad(first, lr)
+
+    lr = tracked_lr()
+    got = slopes(recipes.loss_after_steps(lr, wide, steps=6))
+    assert_equal(got, slopes(unrolled(lr)))
+    assert_close(got, slopes(plain_steps(recipes, lr, optree.tree_leaves(wide), 6)))
+
+
+def test_memory_of_chunks(recipes: SimpleNamespace) -> None:
+    params = recipes.params
+    state = adam_init(params, AdamHparams())
+
+    def by_autograd(lr: Tensor, chunk: int) -> Tensor:
+        def chunk_of_steps(*tree: Any) -> Any:
+            for _ in range(chunk):
+                tree = recipes.step_by_autograd(lr, *tree)
+            return tree
+
+        tree: Any = optree.tree_map(lambda p: p.detach().requires_grad_(), params), state
+        for _ in range(64 // chunk):
+            tree = checkpoint(chunk_of_steps, *tree, use_reentrant=False)
+        return loss_of(recipes, tree[0])
+
+    def measure(run: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+        lr = torch.tensor(0.1, requires_grad=True)
+        gc.collect()
+        with LiveBytes() as live:
+            loss = run(lr)
+            kept = live.now
+            loss.backward()
+        return kept, live.most
+
+    rows = {"no chunks": measure(lambda lr: recipes.loss_after(lr, params, state, steps=64, window=64)[0])}
+    for chunk in (1, 4, 8, 16):
+        run = partial(recipes.loss_after_chunks, params=params, steps=64, chunk=chunk)
+        rows[f"{chunk}, `use_reentrant=True`"] = measure(run)
+    rows["1, `use_reentrant=False`"] = measure(partial(recipes.loss_after_steps, params=params, steps=64))
+    rows["8, `use_reentrant=False`"] = measure(partial(by_autograd, chunk=8))
+    print("\n| steps in a chunk | after forward | at most |\n|---|---|---|")
+    for name, (kept, most) in rows.items():
+        print(f"| {name} | {kept:,} | {most:,} |")
+
+    for name in ("4, `use_reentrant=True`", "8, `use_reentrant=True`"):
+        assert rows[name][1] < rows["no chunks"][1] / 4
+    for name in ("1, `use_reentrant=True`", "1, `use_reentrant=False`"):
+        assert rows[name][1] < rows["no chunks"][1] / 2
+    assert rows["8, `use_reentrant=False`"][0] > rows["no chunks"][1]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_torch_func_does_not_go_with_checkpoints(outside: bool) -> None:
+    hparams, params = AdamHparams(), torch.ones(2)
+
+    def inner(lr: Tensor) -> Tensor:
+        gradient = params if outside else grad(lambda p: (p * p).sum())(params)
+        return adam_update(params, gradient, adam_init(params, hparams), AdamHparams(lr=lr))[0].sum()
+
+    def run(lr: Tensor) -> Tensor:
+        return checkpoint(inner, lr, use_reentrant=False)
+
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        (grad(run) if outside else run)(torch.tensor(0.1, requires_grad=not outside))
+
+
+# Inference mode.
+
+
+@each_kernel
+def test_steps_inside_inference_mode_have_the_bits_of_steps_outside(recipes: SimpleNamespace, kernel: str) -> None:
+    def train() -> Any:
+        params, state = recipes.params, adam_init(recipes.params, AdamHparams(lr=0.1))
+        for _ in range(3):
+            grads = grad(lambda p: recipes.loss(p, recipes.x, recipes.y))(params)
+            params, state = adam_update(params, grads, state, AdamHparams(lr=0.1), kernel=kernel)
+        return params, state
+
+    with torch.inference_mode():
+        inside = train()
+    assert all(x.is_inference() for x in optree.tree_leaves(inside))
+    assert_equal(inside, train())
+
+
+def made_inside() -> tuple[Any, AdamState]:
+    with torch.inference_mode():
+        params = make_tree()
+        return adam_update(params, make_tree(1), adam_init(params, AdamHparams()), AdamHparams())
+
+
+def test_what_was_made_inside_is_of_limited_use_outside() -> None:
+    params, state = made_inside()
+    weight = torch.ones(3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        weight * params["a"]
+    lr = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        adam_update(params, make_tree(1), state, AdamHparams(lr=lr))
+    with pytest.raises(RuntimeError, match="requires_grad=True on inference tensor outside InferenceMode"):
+        params["a"].requires_grad_()
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        params["a"].add_(1)
+    with pytest.raises(RuntimeError, match=r"Cannot donate tensors made under torch.inference_mode\(\) outside of it"):
+        adam_update(params, make_tree(1), state, AdamHparams(), donate=True)
+    result = adam_update(params, make_tree(1), state, AdamHparams())
+    assert not any(x.is_inference() for x in optree.tree_leaves(result))
+
+
+@each_kernel
+def test_clones_taken_out_of_inference_mode_train_like_others(kernel: str) -> None:
+    params, state = optree.tree_map(torch.clone, made_inside())
+    expected = adam_update(params, make_tree(2), state, AdamHparams(), kernel=kernel)
+    lr = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    tracked, _ = adam_update(params, make_tree(2), state, AdamHparams(lr=lr), kernel=kernel)
+    (slope,) = torch.autograd.grad(sum(x.sum() for x in optree.tree_leaves(tracked)), lr)
+    assert slope.isfinite()
+    assert slope != 0
+    assert_equal(adam_update(params, make_tree(2), state, AdamHparams(), kernel=kernel, donate=True), expected)
+
+
+@each_kernel
+def test_ordinary_tensors_donated_inside_inference_mode_stay_ordinary(kernel: str) -> None:
+    params = make_tree()
+    state = adam_init(params, AdamHparams())
+    expected = adam_update(params, make_tree(1), state, AdamHparams(), kernel=kernel)
+    with torch.inference_mode():
+        result = adam_update(params, make_tree(1), state, AdamHparams(), kernel=kernel, donate=True)
+    assert_equal(result, expected)
+    assert not any(x.is_inference() for x in optree.tree_leaves(result))
+    optree.tree_map(Tensor.requires_grad_, result)
+
+
+# CUDA graphs.
+
+
+class Option(NamedTuple):
+    """How to train: hyperparameters, arguments of `adam_init` and of `adam_update`, and a dtype."""
+
+    hparams: Mapping[str, Any] = MappingProxyType({})
+    init: Mapping[str, Any] = MappingProxyType({})
+    update: Mapping[str, float] = MappingProxyType({})
+    dtype: torch.dtype = torch.float32
+
+
+OPTIONS: dict[str, Option] = {
+    "plain": Option(),
+    "amsgrad": Option(hparams={"amsgrad": True, "weight_decay": 0.1}),
+    "decoupled": Option(hparams={"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
+    "per_leaf_step": Option(init={"per_leaf_step": True}),
+    "masters": Option(init={"master_params": True, "moment_dtype": torch.float32}, dtype=torch.bfloat16),
+    "masters_and_steps": Option(init={"master_params": True, "per_leaf_step": True}, dtype=torch.bfloat16),
+    "narrow_moments": Option(init={"moment_dtype": torch.bfloat16}),
+    "complex": Option(dtype=torch.complex64),
+    "grad_scale": Option(update={"grad_scale": 8.0}),
+    "found_inf": Option(update={"found_inf": 0.0}),
+}
+each_option = pytest.mark.parametrize("name", OPTIONS)
+
+
+def begin(name: str, device: str = "cpu") -> tuple[Any, AdamState, Callable[..., Any], dict[str, Tensor]]:
+    """Parameters, state, a donated step on `(params, state, grads, lr, numbers)`, and such numbers, on `device`."""
+    fixed, init, update, dtype = OPTIONS[name]
+    params = make_tree(dtype=dtype)
+    if device == "cuda" and not torch.cuda.is_available():
+        # Fake tensors, which a CPU build cannot move.
+        params = optree.tree_map(lambda p: torch.empty_like(p, device=device), params)
+    else:
+        params = optree.tree_map(lambda p: p.to(device), params)
+    state = adam_init(params, AdamHparams(**fixed), **init)
+    numbers = {key: torch.tensor(x, device=device) for key, x in update.items()}
+
+    def step(params: Any, state: AdamState, grads: Any, lr: Tensor, numbers: Any, **how: Any) -> Any:
+        return adam_update(params, grads, state, AdamHparams(lr=lr, **fixed), **{"donate": True, **how}, **numbers)
+
+    return params, state, step, numbers
+
+
+def addresses(tree: Any) -> list[int]:
+    return [x.data_ptr() for x in optree.tree_leaves(tree)]
+
+
+@each_option
+@each_kernel
+def test_donated_steps_stay_in_their_memory(name: str, kernel: str) -> None:
+    params, state, step, numbers = begin(name)
+    expected = optree.tree_map(torch.clone, (params, state))
+    before = addresses((params, state))
+    for seed in range(1, 4):
+        grads, lr = make_tree(10 * seed, params["a"].dtype), torch.tensor(0.1 / seed)
+        expected = step(*expected, grads, lr, numbers, kernel=kernel, donate=False)
+        params, state = step(params, state, grads, lr, numbers, kernel=kernel)
+        assert addresses((params, state)) == before
+        assert_equal((params, state), expected)
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU: operations recorded with the memory they read and write, and repeated on that memory.
+
+    Memory that was there before is put back at the end of the recording, since a capture computes nothing. Reading a
+    value is an error, as it is in a capture.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        assert name not in SYNCS, name
+        given = torch_pytree.tree_map_only(Tensor, self.alias, (args, kwargs))  # `set_` takes memory away
+        for tensor in tensors_of(given):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.before:
+                self.before[storage.data_ptr()] = storage, storage.clone()
+        result = func(*args, **kwargs)
+        for tensor in tensors_of(result):
+            storage = tensor.untyped_storage()
+            self.before.setdefault(storage.data_ptr(), (storage, None))
+        if name != "set_":
+            self.calls.append((func, *given, torch_pytree.tree_map_only(Tensor, self.alias, result)))
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for storage, old in self.before.values():
+            if old is not None:
+                storage.copy_(old)
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for target, value in zip(tensors_of(result), tensors_of(again), strict=True):
+                if target.data_ptr() != value.data_ptr():
+                    target.copy_(value)
+
+    @staticmethod
+    def alias(tensor: Tensor) -> Tensor:
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@pytest.fixture
+def _cuda_by_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda` as far as the recipe uses it, where nothing that lies on the CPU can be read by the host."""
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.autograd.profiler.record_function("stream"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    for module in (functional_adam.hparams, functional_adam.update):
+        monkeypatch.setattr(module, "is_readable", lambda _: False)
+
+
+def check_replays(recipes: SimpleNamespace, name: str, kernel: str, device: str) -> None:
+    params, state, step, numbers = begin(name, device)
+    start = expected = optree.tree_map(torch.clone, (params, state))
+    dtype = params["a"].dtype
+    grads = optree.tree_map(lambda x: x.to(device), make_tree(100, dtype))
+    lr = torch.tensor(1.0, device=device)
+    before = addresses((params, state))
+
+    def captured(params: Any, state: AdamState, *rest: Any) -> Any:
+        return step(params, state, *rest, kernel=kernel)
+
+    graph, result = recipes.capture(captured, params, state, grads, lr, numbers)
+    assert addresses(result) == before
+    assert_equal(result, start)
+    for seed in range(1, 4):
+        new = optree.tree_map(lambda x: x.to(device), make_tree(10 * seed, dtype))
+        optree.tree_map(Tensor.copy_, grads, new)
+        lr.fill_(0.1 / seed)
+        if "found_inf" in numbers:
+            numbers["found_inf"].fill_(seed == 2)
+        expected = step(*expected, new, lr.clone(), numbers, kernel=kernel, donate=False)
+        graph.replay()
+        assert_equal(result, expected)
+        assert_equal(grads, new)
+    assert optree.tree_leaves(result[1].step)[0] == (2 if "found_inf" in numbers else 3)
+
+
+def check_training(recipes: SimpleNamespace, device: str, *, scheduled: bool) -> None:
+    x, y = random_tensor((8, 3), torch.float32, 1).to(device), random_tensor((8, 1), torch.float32, 2).to(device)
+    params = optree.tree_map(lambda p: p.to(device, copy=True), recipes.params)
+    torch_params = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
+    optimizer = torch.optim.Adam(optree.tree_leaves(torch_params), fused=True)
+    static, lr = [torch.ones_like(x), torch.ones_like(y)], torch.tensor(1.0, device=device)
+
+    def scheduled_step(params: Any, state: AdamState, x: Tensor, y: Tensor, lr: Tensor) -> Any:
+        return recipes.train_step(params, state, x, y, lr * (state.step + 1))
+
+    step = scheduled_step if scheduled else recipes.train_step
+    graph, (params, state, value) = recipes.capture(step, params, adam_init(params, AdamHparams()), *static, lr)
+    for t in range(1, 5):
+        static[0].copy_(x * t)
+        static[1].copy_(y)
+        lr.fill_(0.125 if scheduled else 0.125 * t)
+        optimizer.param_groups[0]["lr"] = 0.125 * t
+        optimizer.zero_grad()
+        loss = recipes.loss(torch_params, x * t, y)
+        loss.backward()
+        optimizer.step()
+        graph.replay()
+        assert_close(value, loss)
+        assert_close(params, torch_params)
+        assert state.step == t
+
+
+each_schedule = pytest.mark.parametrize("scheduled", [False, True])
+
+
+@pytest.mark.usefixtures("_cuda_by_tape")
+@each_option
+@each_kernel
+def test_replays_on_memory_are_the_steps_that_follow(recipes: SimpleNamespace, name: str, kernel: str) -> None:
+    check_replays(recipes, name, kernel, "cpu")
+
+
+@pytest.mark.usefixtures("_cuda_by_tape")
+@each_schedule
+def test_the_step_of_the_page_captured_trains_as_torch_does(recipes: SimpleNamespace, scheduled: bool) -> None:
+    check_training(recipes, "cpu", scheduled=scheduled)
+
+
+@pytest.mark.usefixtures("_cuda_by_tape")
+def test_replays_without_donation_stand_still(recipes: SimpleNamespace) -> None:
+    params, state, step, numbers = begin("plain")
+    rest = make_tree(1), torch.tensor(0.1), numbers
+    once = step(params, state, *rest, donate=False)
+    graph, result = recipes.capture(lambda *given: step(*given, donate=False), params, state, *rest)
+    for _ in range(3):
+        graph.replay()
+        assert_equal(result, once)
+
+
+@pytest.mark.usefixtures("_cuda_by_tape")
+def test_the_tape_refuses_to_read_a_value() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Tape():
+        torch.ones(()).add(1).item()
+
+
+@pytest.mark.usefixtures("_fake_cuda")
+@each_option
+@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+def test_a_donated_step_is_all_on_the_device_and_in_its_memory(name: str, kernel: str) -> None:
+    params, state, step, numbers = begin(name, "cuda")
+    grads, lr = optree.tree_map(torch.empty_like, params), torch.empty((), device="cuda")
+    before = [x.untyped_storage()._cdata for x in optree.tree_leaves((params, state))]
+    with Recorder() as recorder:
+        result = step(params, state, grads, lr, numbers, kernel=kernel)
+    assert_all_on_device(recorder)
+    assert [x.untyped_storage()._cdata for x in optree.tree_leaves(result)] == before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestCuda:
+    @each_option
+    @each_kernel
+    def test_replays_are_the_steps_that_follow(self, recipes: SimpleNamespace, name: str, kernel: str) -> None:
+        check_replays(recipes, name, kernel, "cuda")
+
+    @each_schedule
+    def test_the_step_of_the_page_captured_trains_as_torch_does(
+        self, recipes: SimpleNamespace, scheduled: bool
+    ) -> None:
+        check_training(recipes, "cuda", scheduled=scheduled)
