@@ -6,7 +6,7 @@ moments, `master_params` for the weights. Several networks (the members) learn s
 their own initial weights and batches, which are the same in every variant. Takes less than a minute on a CPU.
 
     pip install "functional_adam[examples]"
-    python examples/bf16_training.py --members 8 --steps 3000 --lr 3e-4 --output bf16_training.png
+    python examples/bf16_training.py --members 8 --steps 3000 --lr 3e-4 --output bf16_training.svg
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -44,6 +45,7 @@ class Variant(NamedTuple):
 
     name: str
     color: str
+    line: str  # solid, dashed or both
     width: float  # of the line, in points
     param_dtype: torch.dtype
     moment_dtype: torch.dtype
@@ -51,11 +53,11 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (
-    Variant("float32", "0.6", 5, torch.float32, torch.float32),
-    Variant("bfloat16", "tab:red", 1.5, torch.bfloat16, torch.bfloat16),
-    Variant("bfloat16, float32 moments", "tab:orange", 1.5, torch.bfloat16, torch.float32),
-    Variant("bfloat16, masters", "tab:green", 1.5, torch.bfloat16, torch.bfloat16, master_params=True),
-    Variant("bfloat16, masters, float32 moments", "tab:blue", 1.5, torch.bfloat16, torch.float32, master_params=True),
+    Variant("float32", "C5", "-", 5, torch.float32, torch.float32),
+    Variant("bfloat16", "C4", "-", 1.5, torch.bfloat16, torch.bfloat16),
+    Variant("bfloat16, float32 moments", "C1", "--", 1.5, torch.bfloat16, torch.float32),
+    Variant("bfloat16, masters", "C2", "-.", 1.5, torch.bfloat16, torch.bfloat16, master_params=True),
+    Variant("bfloat16, masters, float32 moments", "C0", "--", 1.5, torch.bfloat16, torch.float32, master_params=True),
 )
 
 
@@ -124,38 +126,22 @@ def train(
     return Result(torch.tensor(steps), torch.stack(losses))
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(results: Sequence[Result], title: str, output: Path) -> None:
-    """Draw test losses against the step, as a PNG at `output`."""
-    figure = Figure(figsize=(9.5, 4.8), dpi=150, layout="constrained")
+    """Draw test losses against the step, as an SVG at `output`."""
+    figure = Figure(figsize=(6, 5))
+    figure.suptitle(title)
     axes = figure.subplots()
-    places: list[tuple[float, Variant]] = []
     for variant, result in zip(VARIANTS, results, strict=True):
         mean, error = result.mean(), result.standard_error()
-        axes.plot(result.steps, mean, color=variant.color, linewidth=variant.width)
-        axes.fill_between(result.steps, mean - error, mean + error, color=variant.color, alpha=0.2, linewidth=0)
-        places.append((mean[-1].item(), variant))
-    axes.set(title=title, yscale="log", xlabel="step", ylabel="test cross-entropy (nats, log scale)")
+        label = f"{variant.name}: {mean[-1]:.3f} nats at the end"
+        axes.plot(result.steps, mean, variant.line, color=variant.color, linewidth=variant.width, label=label)
+        axes.fill_between(result.steps, mean - error, mean + error, color=variant.color, alpha=0.3, linewidth=0)
+    axes.set(yscale="log", xlabel="step", ylabel="test cross-entropy (nats)")
     axes.set_xlim(0, results[0].steps[-1].item())
-    axes.grid(alpha=0.3, which="both")
-    # Each curve is named at its end, with room for a line of text between the names.
-    low, high = (axes.transData.transform((0, y))[1] for y in axes.get_ylim())
-    bottom = 0.0
-    for loss, variant in sorted(places, key=lambda place: place[0]):
-        height = (axes.transData.transform((0, loss))[1] - low) / (high - low)
-        bottom = max(height, bottom)
-        axes.annotate(
-            f"{variant.name}\n{loss:.3f} nats",
-            (1.0, height),
-            (1.03, bottom),
-            xycoords="axes fraction",
-            color=variant.color,
-            fontsize=9,
-            verticalalignment="center",
-            arrowprops={"arrowstyle": "-", "color": variant.color, "linewidth": 0.7, "relpos": (0, 0.5)},
-        )
-        bottom += 0.1
+    figure.legend(loc="outside lower center")
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -167,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000, help="updates of each network, at least 1")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate in all variants")
     parser.add_argument("--seed", type=int, default=0, help="decides train/test split, initial weights and batches")
-    parser.add_argument("--output", type=Path, default=Path("bf16_training.png"), help="where to write the PNG")
+    parser.add_argument("--output", type=Path, default=Path("bf16_training.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     for name in ("members", "steps"):
         if getattr(args, name) < 1:

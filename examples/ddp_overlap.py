@@ -7,7 +7,7 @@ they are equal to the last bit. Each process trains on its own part of scikit-le
 20 seconds on two cores.
 
     pip install "functional_adam[examples]"
-    python examples/ddp_overlap.py --processes 2 --steps 300 --output ddp_overlap.png
+    python examples/ddp_overlap.py --processes 2 --steps 300 --output ddp_overlap.svg
 """
 
 import argparse
@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.style
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -86,15 +87,16 @@ def work(rank: int, processes: int, port: int, steps: int, seed: int, folder: st
     dist.destroy_process_group()
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(overlapped: Run, afterwards: Run, output: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure()
     axes = figure.subplots()
-    axes.semilogy(afterwards.losses, color="tab:orange", linewidth=4, label="torch.optim.Adam, step after backward")
-    axes.semilogy(overlapped.losses, color="tab:blue", linewidth=1, label="_FunctionalAdam, step in the all-reduce")
+    axes.semilogy(afterwards.losses, color="C5", linewidth=5, alpha=0.5, label="torch.optim.Adam, step after backward")
+    axes.semilogy(overlapped.losses, color="C0", linewidth=1, label="step_in_ddp, step in the all-reduce")
     axes.set(xlabel="step", ylabel="cross-entropy of the first process (nats)", title="The same training, twice")
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="how many train together, at least 1")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each run, at least 1")
     parser.add_argument("--seed", type=int, default=0, help="decides initial weights and batches")
-    parser.add_argument("--output", type=Path, default=Path("ddp_overlap.png"), help="where to write the PNG")
+    parser.add_argument("--output", type=Path, default=Path("ddp_overlap.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     if min(args.processes, args.steps) < 1:
         parser.error("--processes and --steps must be at least 1")

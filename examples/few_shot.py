@@ -8,7 +8,7 @@ compared with random initial weights and the best inner learning rate of a grid.
 digits held out, so everything is done for three such splits. Takes less than a minute on a CPU.
 
     pip install "functional_adam[examples]"
-    python examples/few_shot.py --meta-steps 200 --inner-steps 5 --shots 1 --output few_shot.png
+    python examples/few_shot.py --meta-steps 200 --inner-steps 5 --shots 1 --output few_shot.svg
 
 Source: Finn, Abbeel and Levine, https://arxiv.org/abs/1703.03400, with all second derivatives.
 """
@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -210,31 +211,31 @@ def run(inner: Inner, params: Params, batches: Sequence[Task], test_tasks: Task,
     )
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(results: dict[str, list[Result]], steps: int, title: str, output: Path) -> None:
-    """Draw accuracy against adaptation steps, and the meta-training curves, as a PNG at `output`."""
-    figure = Figure(figsize=(10.5, 4.4), dpi=150, layout="constrained")
+    """Draw accuracy against adaptation steps, and the meta-training curves, as an SVG at `output`."""
+    figure = Figure(figsize=(6, 7))
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    above, below = figure.subplots(2, 1)
     for (name, splits), colour, marker in zip(results.items(), ("C0", "C1"), ("o", "s"), strict=True):
-        for start, style in (("learnt", "-"), ("random", ":")):
+        for start, line in (("learnt", "-"), ("random", ":")):
             by_split = torch.stack([getattr(split, start).mean(dim=0) for split in splits])
             label = f"{name}, {start} initial weights"
-            left.plot(by_split.mean(dim=0), style, color=colour, marker=marker, markersize=3.5, label=label)
+            above.plot(by_split.mean(dim=0), line, color=colour, marker=marker, label=label)
         meta_losses = torch.stack([split.meta_losses for split in splits]).mean(dim=0)
         window = min(MEAN_OVER, len(meta_losses))
         curve = meta_losses.unfold(0, window, 1).mean(dim=1)
-        right.plot(range(window, len(meta_losses) + 1), curve, color=colour, label=f"inner {name}")
-    left.axvline(steps, color="grey", lw=1, ls="--", label="steps meta-trained for")
-    left.axhline(100 / WAYS, color="grey", lw=1, ls="-.", label="chance")
-    left.set(title="Held-out digits", ylabel="query images right (%)", xlabel="inner steps")
-    right.set(title=f"Meta-training (mean over {window} steps)", xlabel="meta-step")
-    right.set_ylabel("query loss after adaptation (nats)")
-    for axes in (left, right):
+        below.plot(range(window, len(meta_losses) + 1), curve, color=colour, label=f"inner {name}")
+    above.axvline(steps, color="C5", lw=1, ls="--", label="steps meta-trained for")
+    above.axhline(100 / WAYS, color="C5", lw=1, ls="-.", label="chance")
+    above.set(title="Held-out digits", ylabel="query images right (%)", xlabel="inner step")
+    below.set(title=f"Meta-training (mean over {window} steps)", xlabel="meta-step")
+    below.set_ylabel("query loss after adaptation (nats)")
+    for axes in (above, below):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
         axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def report(results: dict[str, list[Result]], step: int) -> None:
@@ -258,7 +259,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, default=1, help="examples of each digit in a task, 1 to 100")
     parser.add_argument("--seed", type=int, default=0, help="decides initial weights and tasks")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more do not help tensors as small as these")
-    parser.add_argument("--output", type=Path, default=Path("few_shot.png"), help="where to write the PNG picture")
+    parser.add_argument("--output", type=Path, default=Path("few_shot.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     for name in ("meta_steps", "inner_steps", "shots", "threads"):
         if getattr(args, name) < 1:

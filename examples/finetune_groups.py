@@ -12,7 +12,7 @@ not a bit differs. A real Ctrl-C works as well: name a file by --checkpoint, and
 seconds on two cores.
 
     pip install "functional_adam[examples]"
-    python examples/finetune_groups.py --steps 200 --output finetune_groups.png
+    python examples/finetune_groups.py --steps 200 --output finetune_groups.svg
 """
 
 import argparse
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.style
 import optree
 import torch
 from matplotlib.figure import Figure
@@ -232,35 +233,35 @@ def load_checkpoint(path: Path, task: Task) -> Run:
     return Run(params, state_from_dict(tree["state"], params, hparams_for(params)), tree["history"])
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(plain: Run, resumed: Run, resumed_at: int, task: Task, output: Path) -> None:
-    """Draw test loss, test accuracy and learning rates against the step, as a PNG at `output`."""
-    figure = Figure(figsize=(12, 4), dpi=130, layout="constrained")
-    figure.suptitle(f"Fine-tuning from digits 0-4 to digits 5-9: interrupted after {resumed_at} steps, and resumed")
-    losses, accuracies, rates = figure.subplots(1, 3)
+    """Draw test loss, test accuracy and learning rates against the step, as an SVG at `output`."""
+    figure = Figure(figsize=(6, 7.5))
+    figure.suptitle(f"From digits 0-4 to 5-9, interrupted after {resumed_at} steps and resumed")
+    losses, accuracies, rates = figure.subplots(3, 1, sharex=True)
     # At the last evaluation before the interrupt both parts meet.
     meet = max((line[0] for line in resumed.history if line[0] <= resumed_at), default=0)
     parts = (
-        ("not interrupted", {"color": "0.75", "linewidth": 6}, plain.history),
-        ("until the interrupt", {"color": "tab:blue"}, [line for line in resumed.history if line[0] <= meet]),
-        ("resumed", {"color": "tab:red"}, [line for line in resumed.history if line[0] >= meet]),
+        ("not interrupted", {"color": "C5", "linewidth": 5, "alpha": 0.5}, plain.history),
+        ("until the interrupt", {"color": "C0"}, [line for line in resumed.history if line[0] <= meet]),
+        ("resumed", {"color": "C1"}, [line for line in resumed.history if line[0] >= meet]),
     )
     for column, axes in ((1, losses), (2, accuracies)):
         for name, style, history in parts:
             axes.plot([line[0] for line in history], [line[column] for line in history], label=name, **style)
     losses.set(title="Test loss", ylabel="mean cross-entropy (nats)", yscale="log")
-    accuracies.set(title="Test accuracy", ylabel="images classified correctly (%)")
+    accuracies.set(title="Test accuracy", ylabel="images right (%)")
     steps, hparams = range(task.steps), hparams_for(plain.params)
-    for part, style in (("head", "-"), ("backbone", "--")):
+    for part, dash, color in (("head", "-", "C3"), ("backbone", "--", "C4")):
         lrs = [at_step(step, task.steps, hparams).lr[part] for step in steps]
-        rates.plot(steps, lrs, style, label=f"{part}, at most {PEAK_LR[part]:g}")
-    rates.set(title=f"Learning rates ({FROZEN}: frozen)", ylabel="lr (units of the parameters per step)")
+        rates.plot(steps, lrs, dash, color=color, label=f"{part}, up to {PEAK_LR[part]:g}")
+    rates.set(title=f"Learning rates ({FROZEN}: frozen)", ylabel="learning rate\n(weight units a step)", xlabel="step")
     for axes in (losses, accuracies, rates):
-        axes.axvline(resumed_at, color="0.4", linestyle=":", linewidth=1)
-        axes.set(xlabel="step")
-        axes.grid(alpha=0.3)
+        axes.axvline(resumed_at, color="C5", linestyle=":", linewidth=1)
+    for axes in (losses, rates):
         axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=50, help="steps from one checkpoint to the next, at least 1")
     parser.add_argument("--checkpoint", type=Path, help="file to save to, temporary if None")
     parser.add_argument("--resume", action="store_true", help="continue from the file that --checkpoint names")
-    parser.add_argument("--output", type=Path, default=Path("finetune_groups.png"), help="where to write the PNG")
+    parser.add_argument("--output", type=Path, default=Path("finetune_groups.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps is {args.steps}, expected at least 2")

@@ -7,7 +7,7 @@ to the end. At last the same steps run in this process alone, without any shardi
 Takes about 15 seconds on two cores.
 
     pip install "functional_adam[examples]"
-    python examples/fsdp2_checkpoint.py --steps 200 --output fsdp2_checkpoint.png
+    python examples/fsdp2_checkpoint.py --steps 200 --output fsdp2_checkpoint.svg
 """
 
 import argparse
@@ -21,10 +21,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.style
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -86,7 +88,7 @@ class Images(NamedTuple):
 
 
 def load_images() -> Images:
-    # Here and in plot, since each spawned process imports all that stands at the top.
+    # Here, since each spawned process imports all that stands at the top.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -192,24 +194,22 @@ def start(world_size: int, run: Run, kill_at: int | None = None) -> dict[int, fl
     return {int(step): float(loss) for step, loss in map(str.split, lines)}
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(plain: list[float], parts: dict[str, dict[int, float]], output: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6, 6))
     figure.suptitle("FSDP2 with adam_update: killed, and continued on other processes")
-    left, right = figure.subplots(1, 2)
-    left.plot(range(len(plain)), plain, color="0.7", linewidth=4, label="plain, one process")
-    for (name, losses), color in zip(parts.items(), ("tab:blue", "tab:red"), strict=True):
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(range(len(plain)), plain, color="C5", linewidth=5, alpha=0.5, label="plain, one process")
+    for (name, losses), color in zip(parts.items(), ("C0", "C1"), strict=True):
         steps = list(losses)
-        left.plot(steps, list(losses.values()), color=color, label=name)
-        right.plot(steps, [abs(losses[i] - plain[i]) for i in steps], ".", color=color, label=name)
-    left.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy (nats)", yscale="log")
-    right.set(title="Difference to the plain run", xlabel="step", ylabel="nats")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+        above.plot(steps, list(losses.values()), color=color, label=name)
+        below.plot(steps, [abs(losses[i] - plain[i]) for i in steps], color=color, label=name)
+    above.set(title="Training loss", ylabel="mean cross-entropy (nats)", yscale="log")
+    below.set(title="Difference to the plain run", xlabel="step", ylabel="difference of the loss (nats)")
+    for axes in (above, below):
         axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=200, help="updates in all, at least 4")
     parser.add_argument("--seed", type=int, default=0, help="decides initial weights and batches")
-    parser.add_argument("--output", type=Path, default=Path("fsdp2_checkpoint.png"), help="where to write the PNG")
+    parser.add_argument("--output", type=Path, default=Path("fsdp2_checkpoint.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     if args.steps < 4:
         parser.error(f"--steps is {args.steps}, expected at least 4")

@@ -6,7 +6,7 @@ for each member, gives the same curves and takes longer. Each member trains a sm
 handwritten digits; members of one seed differ in their learning rate alone. Takes some seconds on a CPU.
 
     pip install "functional_adam[examples]"
-    python examples/lr_sweep.py --learning-rates 32 --members 2 --steps 100 --output lr_sweep.png
+    python examples/lr_sweep.py --learning-rates 32 --members 2 --steps 100 --output lr_sweep.svg
 """
 
 import argparse
@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import matplotlib.style
 import torch
-from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -130,36 +130,38 @@ def largest_difference(one: Sweep, other: Sweep, which: Tensor) -> float:
     return max((x[which] - y[which]).abs().max().item() if which.any() else 0.0 for x, y in pairs)
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(rates: Tensor, result: Sweep, title: str, output: Path) -> None:
-    """Draw the last losses against the learning rate, and the loss curves, as a PNG at `output`."""
-    figure = Figure(figsize=(10.5, 4.4), dpi=150, layout="constrained")
+    """Draw the last losses against the learning rate, and the loss curves, as an SVG at `output`."""
+    figure = Figure(figsize=(6, 7))
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
+    above, below = figure.subplots(2, 1)
 
     last = min(SMOOTHING, result.losses.shape[-1])
     train_losses = result.losses[..., -last:].mean(dim=-1)
-    for losses, label, style in (
+    for losses, label, line in (
         (train_losses, f"train, mean of the last {last} steps", "o-"),
         (result.test_losses, "test, after the last step", "s--"),
     ):
-        (line,) = left.plot(rates, losses.mean(dim=1), style, markersize=3.5, label=label)
-        left.fill_between(rates, losses.amin(dim=1), losses.amax(dim=1), color=line.get_color(), alpha=0.2, lw=0)
-    left.set(title="After training (shaded: range over networks)", xscale="log", yscale="log")
-    left.set(xlabel="learning rate (log scale)", ylabel="cross-entropy (nats, log scale)")
-    left.legend()
+        (drawn,) = above.plot(rates, losses.mean(dim=1), line, label=label)
+        above.fill_between(rates, losses.amin(dim=1), losses.amax(dim=1), color=drawn.get_color(), alpha=0.3, lw=0)
+    above.set(title="After training (shaded: range over networks)", xscale="log", yscale="log")
+    above.set(xlabel="learning rate (weight units a step)", ylabel="cross-entropy (nats)")
+    above.legend()
 
-    colours, norm = colormaps["viridis"], LogNorm(rates[0].item(), rates[-1].item())
-    curves = avg_pool1d(result.losses.mean(dim=1), last, stride=1)
-    steps = range(last, result.losses.shape[-1] + 1)
+    colours = LinearSegmentedColormap.from_list("readable everywhere", ["C0", "C3", "C1"])
+    norm = LogNorm(rates[0].item(), rates[-1].item())
+    stride = max(1, last // 2)  # more points do not show more
+    curves = avg_pool1d(result.losses.mean(dim=1), last, stride)
+    steps = range(last, result.losses.shape[-1] + 1, stride)
     for rate, curve in zip(rates.tolist(), curves, strict=True):
-        right.plot(steps, curve, color=colours(norm(rate)), lw=1.2)
-    right.set(title=f"Training (mean over networks and {last} steps)", yscale="log")
-    right.set(xlabel="step", ylabel="cross-entropy (nats, log scale)")
-    figure.colorbar(ScalarMappable(norm, colours), ax=right, label="learning rate (log scale)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
+        below.plot(steps, curve, color=colours(norm(rate)), lw=1.2)
+    below.set(title=f"Training (mean over networks and {last} steps)", yscale="log")
+    below.set(xlabel="step", ylabel="cross-entropy (nats)")
+    scale = figure.colorbar(ScalarMappable(norm, colours), ax=below, label="learning rate (weight units a step)")
+    scale.minorticks_off()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,7 +174,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="minibatches to train on, at least 1")
     parser.add_argument("--seed", type=int, default=0, help="decides split, initial weights and minibatches")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more do not help tensors as small as these")
-    parser.add_argument("--output", type=Path, default=Path("lr_sweep.png"), help="where to write the PNG picture")
+    parser.add_argument("--output", type=Path, default=Path("lr_sweep.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     for name, least in (("learning_rates", 2), ("members", 1), ("steps", 1), ("threads", 1)):
         if getattr(args, name) < least:

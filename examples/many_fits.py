@@ -16,7 +16,7 @@ Takes about 10 seconds on one core. The same seed gives the same fits on one mac
 other programs use the cores too, set OMP_NUM_THREADS=1: threads that wait for each other slow the stack down.
 
     pip install "functional_adam[examples]"
-    python examples/many_fits.py --output many_fits.png
+    python examples/many_fits.py --output many_fits.svg
 """
 
 import argparse
@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_image
@@ -140,57 +141,54 @@ def largest_difference(fits: Fits, reference: Params) -> float:
     return max((fits.params[name][: len(x)] - x).abs().max().item() for name, x in reference.items())
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(patches: Tensor, fits: Fits, title: str, output: Path) -> None:
-    """Draw some patches with their fits, and the losses of all of them, as a PNG at `output`."""
-    figure = Figure(figsize=(12, 8), dpi=150, layout="constrained")
+    """Draw some patches with their fits, and the losses of all of them, as an SVG at `output`."""
+    figure = Figure(figsize=(6, 7.5))
     figure.suptitle(title)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    above, below = figure.subfigures(2, 1, height_ratios=(0.8, 1))
 
-    columns = min(8, len(patches))
+    columns = min(6, len(patches))
     share = explained(patches, fits.end)
     chosen = share.argsort()[torch.linspace(0.02, 0.98, columns).mul(len(patches) - 1).long()]
     surfaces = vmap(edge)({name: leaf[chosen] for name, leaf in fits.params.items()})
-    above.suptitle("Patches from poorly to well fitted (2nd to 98th percentile), with the share of variance explained")
+    above.suptitle("Patches at the 2nd to the 98th percentile of variance explained")
     panels = above.subplots(3, columns, squeeze=False)
     residuals = patches[chosen] - surfaces
-    for label, row, images, (low, high, colours) in zip(
-        ("photograph", "fitted edge", "residual"),
-        panels,
-        (patches[chosen], surfaces, residuals),
-        ((0, 1, "gray"), (0, 1, "gray"), (-0.3, 0.3, "RdBu_r")),
-        strict=True,
-    ):
+    largest = residuals.abs().max().item()
+    rows = (
+        ("photograph", patches[chosen], {"vmin": 0, "vmax": 1}),
+        ("fitted edge", surfaces, {"vmin": 0, "vmax": 1}),
+        ("residual", residuals, {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}),
+    )
+    for row, (label, images, scale) in zip(panels, rows, strict=True):
         for axes, image in zip(row, images, strict=True):
-            drawn = axes.imshow(image.numpy(), vmin=low, vmax=high, cmap=colours)
+            drawn = axes.imshow(image.numpy(), interpolation="none", **scale)
             axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
         row[0].set_ylabel(label)
-        if label != "photograph":
-            shared = panels[:2] if label == "fitted edge" else panels[2:]
-            above.colorbar(
-                drawn,
-                ax=shared.ravel().tolist(),
-                label="brightness\n(0 black, 1 white)" if label == "fitted edge" else "difference\nin brightness",
-                extend="neither" if label == "fitted edge" else "both",
-                aspect=15,
-            )
+        if label == "fitted edge":
+            above.colorbar(drawn, ax=panels[:2], label="brightness\n(0 black, 1 white)", aspect=15)
+    above.colorbar(drawn, ax=panels[2:], label="residual\n(brightness)", aspect=8)
     for axes, index in zip(panels[0], chosen, strict=True):
-        axes.set_title(f"{share[index]:.0f} %", fontsize="medium")
+        axes.set_title(f"{share[index]:.0f} %", loc="center")
 
-    left, right = below.subplots(1, 2)
+    middle, low = below.subplots(2, 1)
     roots = fits.quantiles.sqrt().numpy()
-    left.fill_between(range(len(roots)), roots[:, 0], roots[:, 2], alpha=0.25, label="5th to 95th percentile")
-    left.plot(roots[:, 1], linewidth=2, label="median")
-    left.set(title="Residuals while fitting", xlabel="step", ylabel="rms residual (brightness)")
-    left.set_ylim(bottom=0)
+    middle.fill_between(
+        range(len(roots)), roots[:, 0], roots[:, 2], alpha=0.3, label="5th to 95th percentile", linewidth=0
+    )
+    middle.plot(roots[:, 1], linewidth=2, label="median")
+    middle.set(title="Residuals while fitting", xlabel="step", ylabel="rms residual\n(brightness)")
+    middle.set_ylim(bottom=0)
     bins = torch.linspace(0, fits.start.sqrt().quantile(0.999).item(), 60).numpy()
-    right.hist(fits.start.sqrt().numpy(), bins, alpha=0.5, color="tab:gray", label="first guess")
-    right.hist(fits.end.sqrt().numpy(), bins, alpha=0.6, color="tab:blue", label="fitted")
-    right.set(title=f"Residuals of all {len(patches):,} fits", xlabel="rms residual (brightness)", ylabel="patches")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    low.hist(fits.start.sqrt().numpy(), bins, histtype="stepfilled", color="C1", alpha=0.5, label="first guess")
+    low.hist(fits.end.sqrt().numpy(), bins, histtype="stepfilled", color="C0", alpha=0.5, label="fitted")
+    low.set(title=f"Residuals of all {len(patches):,} fits", xlabel="rms residual (brightness)", ylabel="patches")
+    for axes in (middle, low):
         axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -202,7 +200,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loop", type=int, default=100, help="how many of them to fit one by one as well, at least 1")
     parser.add_argument("--steps", type=int, default=200, help="steps of Adam for each fit, at least 1")
     parser.add_argument("--seed", type=int, default=0, help="decides which patches are fitted")
-    parser.add_argument("--output", type=Path, default=Path("many_fits.png"), help="where to write the PNG picture")
+    parser.add_argument("--output", type=Path, default=Path("many_fits.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     if not (1 <= args.loop <= args.fits <= 20_000 and args.steps >= 1):
         parser.error(f"--loop {args.loop} --fits {args.fits} --steps {args.steps}: expected 1 <= loop <= fits <= 20000")

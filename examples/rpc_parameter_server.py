@@ -7,7 +7,7 @@ trainer keeps the first layer, the server the rest. Afterwards the trainer does 
 handwritten digits. Takes about 15 seconds on two cores.
 
     pip install "functional_adam[examples]"
-    python examples/rpc_parameter_server.py --steps 300 --output rpc_parameter_server.png
+    python examples/rpc_parameter_server.py --steps 300 --output rpc_parameter_server.svg
 """
 
 import argparse
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import matplotlib.style
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -114,15 +115,16 @@ def work(rank: int, port: int, steps: int, seed: int, folder: str) -> None:
     rpc.shutdown()
 
 
+@matplotlib.style.context(Path(__file__).with_name("gallery.mplstyle"))
 def plot(together: list[float], alone: list[float], output: Path) -> None:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure()
     axes = figure.subplots()
-    axes.semilogy(alone, color="tab:orange", linewidth=4, label="torch.optim.Adam, one process")
-    axes.semilogy(together, color="tab:blue", linewidth=1, label="_FunctionalAdam, two processes")
+    axes.semilogy(alone, color="C5", linewidth=5, alpha=0.5, label="torch.optim.Adam, one process")
+    axes.semilogy(together, color="C0", linewidth=1, label="distributed_optimizer, two processes")
     axes.set(xlabel="step", ylabel="cross-entropy (nats)", title="The same training, twice")
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, format="svg", metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=300, help="training steps of each run, at least 1")
     parser.add_argument("--seed", type=int, default=0, help="decides initial weights and batches")
-    parser.add_argument("--output", type=Path, default=Path("rpc_parameter_server.png"), help="where to write the PNG")
+    parser.add_argument("--output", type=Path, default=Path("rpc_parameter_server.svg"), help="where to write the SVG")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps is {args.steps}, expected at least 1")

@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu, which targets are for)"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the curves of `scaling` into DIR/scaling.png")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the curves of `scaling` into DIR/scaling.svg")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here")
@@ -98,7 +98,7 @@ def main() -> None:
             from tests.benchmarks.plot import draw  # matplotlib is needed for this alone
 
             arguments.plot.mkdir(parents=True, exist_ok=True)
-            draw(bench.curves, arguments.plot / "scaling.png")
+            draw(bench.curves, arguments.plot / "scaling.svg")
     if arguments.json:
         described |= {"copy_bytes_per_ms": bench.copy_bytes_per_ms}
         document = {"environment": described, "rounds": arguments.rounds, "suites": results}

@@ -3,51 +3,48 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from tests.benchmarks.measure import Curve
 
-GREY = "#808080"  # of text and axes: the background is transparent
-STYLES = {  # by label: colour, line; ours are blue and solid, floors and bounds are grey
-    "donated": ("#1f77d0", "-"),
-    "pure": ("#56a8f0", "-"),
-    "vmap": ("#56a8f0", "-"),
-    "vmap, own lr": ("#1f77d0", "-"),
-    "direct": ("#4fae9b", "-"),
-    "torch fused": ("#e4572e", "--"),
-    "torch loop": ("#e4572e", "--"),
-    "optax": ("#9a6fd0", "-."),
-    "optax, vmap": ("#9a6fd0", "-."),
-    "TorchOpt": ("#d09a1f", "-."),
-    "bound": (GREY, ":"),
-    "SGD": (GREY, ":"),
+GALLERY_STYLE = Path(__file__).parents[2] / "examples" / "gallery.mplstyle"
+STYLES = {  # by label: colour, line; ours are solid, floors and bounds dotted
+    "donated": ("C0", "-"),
+    "pure": ("C2", "-"),
+    "vmap": ("C2", "-"),
+    "vmap, own lr": ("C0", "-"),
+    "direct": ("C4", "-"),
+    "torch fused": ("C1", "--"),
+    "torch loop": ("C1", "--"),
+    "optax": ("C3", "-."),
+    "optax, vmap": ("C3", "-."),
+    "TorchOpt": ("C4", "-."),
+    "bound": ("C5", ":"),
+    "SGD": ("C5", ":"),
 }
-COLUMNS = 2
-PANEL = (4.4, 3.4)  # inches
+PANEL_HEIGHT = 2.3  # inches
 
 
+@matplotlib.style.context(GALLERY_STYLE)
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    rows = -(-len(curves) // COLUMNS)
-    figure = Figure(figsize=(COLUMNS * PANEL[0], rows * PANEL[1]), layout="constrained")
-    for curve, axes in zip(curves, figure.subplots(rows, COLUMNS, squeeze=False).flat, strict=False):
+    figure = Figure()
+    figure.set_figheight(PANEL_HEIGHT * len(curves))
+    for curve, axes in zip(curves, figure.subplots(len(curves), 1, squeeze=False).flat, strict=True):
         draw_panel(curve, axes)
-    figure.savefig(path, dpi=150, transparent=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def draw_panel(curve: Curve, axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log", xlabel=curve.axis, ylabel=f"time ({curve.unit})")
     for label, values in curve.series.items():
         points = [(x, y) for x, y in zip(curve.x, values, strict=True) if y is not None]
         colour, line = STYLES[label]
         axes.plot(*zip(*points, strict=True), line, color=colour, marker=".", label=label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
     measured = [y for label, column in curve.series.items() if label != "bound" for y in column if y is not None]
     axes.set_ylim(min(measured) / 2, max(measured) * 2)  # the bound of small trees is far below all that can be reached
-    axes.set_xlabel(curve.axis, color=GREY)
-    axes.set_ylabel(f"time, {curve.unit}", color=GREY)
-    axes.tick_params(which="both", colors=GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
-    axes.grid(color=GREY, alpha=0.2)
-    axes.legend(frameon=False, labelcolor=GREY, fontsize="small")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
