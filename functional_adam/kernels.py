@@ -120,8 +120,9 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     h = batch.scalars
     # It reads `step` but does not advance it, and skips on a found_inf of exactly 1.0.
     kernel = _fused_adamw_ if h.decoupled_weight_decay else _fused_adam_
-    if grad_scale is not None:
-        grad_scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=batch.grads[0].device)
+    if isinstance(grad_scale, (int, float)):
+        # Filled on the device: a copy from the host's memory would wait for it, and cannot be captured in a CUDA graph.
+        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=batch.grads[0].device)
     kernel(
         batch.buffers.params,
         batch.grads,

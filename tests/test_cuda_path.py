@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam.equations import Scalars
+from functional_adam.leaves import Buffers
+from functional_adam.planning import run_kernel
 
 KERNELS = ("auto", "single", "foreach", "fused")
 FUSED = ("_fused_adam_", "_fused_adamw_")
@@ -435,3 +438,12 @@ def test_initial_state_lives_on_the_devices_of_its_leaves() -> None:
     for tree in (state.step, state.exp_avg, state.exp_avg_sq):
         assert [x.device for x in tree] == [x.device for x in params]
     assert {x.dtype for x in state.step} == {torch.float32}
+
+
+def test_fused_fills_a_number_grad_scale_on_the_device() -> None:
+    x = [torch.empty(3, device="cuda") for _ in range(4)]
+    scalars = Scalars(0.1, 0.9, 0.999, 1e-8, 0.0, False, False, False)
+    with Recorder() as recorder:  # what adam_update calls with real tensors: a fake number cannot be read
+        run_kernel("fused", Buffers(x[:1], x[1:2], x[2:3], []), x[3:], [on_cuda(1.0)], [scalars], grad_scale=8.0)
+    assert recorder.named("full")
+    assert not recorder.named("_to_copy")
