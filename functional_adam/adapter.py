@@ -1,7 +1,7 @@
 """_FunctionalAdam and _FunctionalAdamW: the pure update behind the stateful interface that torch.distributed calls."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
             group["decoupled_weight_decay"] |= self._is_decoupled
 
     def _bind_defaults(self) -> None:
-        self.defaults = _Defaults(self.defaults, self.param_groups)  # pyright: ignore[reportAttributeAccessIssue] (a mapping, not a dict)
+        self.defaults: MutableMapping[str, Any] = _Defaults(self.defaults, self.param_groups)
 
 
 class _FunctionalAdamW(_FunctionalAdam):

@@ -140,7 +140,7 @@ def read_step(value: Any, where: str) -> Tensor:
     """`value` as a float32 tensor, if it counts something."""
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{where} is of type {type(value).__name__}, expected a number or a tensor.")
-    step = torch.as_tensor(value).detach()  # pyright: ignore[reportUnknownMemberType]
+    step = torch.as_tensor(value).detach()
     if step.is_complex() or step.dtype is torch.bool:
         raise TypeError(f"{where} is of {step.dtype}, expected a real number or tensor.")
     step = step.to(torch.float32)

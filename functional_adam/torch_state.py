@@ -154,7 +154,7 @@ def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict[s
         got = f"{type(entries).__name__} and {type(groups).__name__}"  # pyright: ignore[reportUnknownArgumentType]
         raise TypeError(f"state_dict has a 'state' and 'param_groups' of types {got}, expected a dict and a list.")
     parts: list[tuple[str, Any]] = [(f"['param_groups'][{i}]", x) for i, x in enumerate(groups)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    parts += [(f"['state'][{key!r}]", x) for key, x in entries.items()]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    parts += [(f"['state'][{key!r}]", x) for key, x in entries.items()]  # pyright: ignore[reportUnknownVariableType]
     for where, part in parts:
         if not isinstance(part, Mapping):
             raise TypeError(f"state_dict{where} is of type {type(part).__name__}, expected a dict.")
@@ -213,7 +213,7 @@ def _plain(value: Any) -> Any:
 def _own(value: Any) -> Any:
     """A hyperparameter, or a pair of them, in memory of its own; to torch a tensor of one element is a number."""
     if isinstance(value, (tuple, list)):
-        return tuple(map(_own, value))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return tuple(map(_own, value))  # pyright: ignore[reportUnknownArgumentType]
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().reshape(()) if value.numel() == 1 else value

@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import functional_adam.hparams
 import functional_adam.dispatch
+import functional_adam.hparams
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
