@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ class LeafGroup(NamedTuple):
     """Paths, such as `params['w']`."""
     element_count: int
     """In this process, if leaves are DTensors."""
-    scalars: Scalars
-    """Their hyperparameters."""
+    hparams: AdamHparams
+    """What holds for these leaves: trees are resolved, and numbers are read where that is free."""
 
 
 class Copied(NamedTuple):
@@ -107,7 +108,7 @@ def explain(
         single   no    fused is faster
         <BLANKLINE>
         group of leaves          elements  computed in    device
-        params['b'] and 1 other          8  torch.float32  cpu
+        params['b'] and 1 other         8  torch.float32  cpu
         <BLANKLINE>
         new memory for  bytes  why
         grads['w']         24  is not laid out like its parameter
@@ -124,7 +125,8 @@ def explain(
         leaves = given.buffers.take(indices).params
         names = [paths[i].codify("params") for i in indices]
         elements = sum(_local(x).numel() for x in leaves)
-        groups.append(LeafGroup(leaves[0].device, group.dtype, names, elements, way.scalars[indices[0]]))
+        h = _hparams_of(way.scalars[indices[0]])
+        groups.append(LeafGroup(leaves[0].device, group.dtype, names, elements, h))
     still = [path.codify("params") for i, path in enumerate(paths) if i not in {*moving}]
     found: dict[tuple[str, str], Copied] = {}
     for root, index, nbytes, why in (*_results(given, way, donate=donate), *_copies(given, way, moving, donate=donate)):
@@ -132,6 +134,14 @@ def explain(
         name = paths[index].codify(root)
         found[root, why] = Copied([*earlier.tensors, name], earlier.nbytes + nbytes, why)
     return Explanation(way.watched_by, way.kernel, _reasons(given, way, kernel), groups, still, [*found.values()])
+
+
+def _hparams_of(h: Scalars) -> AdamHparams:
+    tree: Any = AdamHparams(amsgrad=h.amsgrad, maximize=h.maximize, decoupled_weight_decay=h.decoupled_weight_decay)
+    lr, beta1, beta2, eps, weight_decay = h[:5]
+    # By tree_unflatten, which checks no values: what the update takes can be explained.
+    rebuilt: Any = optree.tree_unflatten(optree.tree_structure(tree), (lr, beta1, beta2, eps, weight_decay))
+    return rebuilt
 
 
 def _reasons(given: Arguments, way: Way, asked: str) -> dict[str, str]:

@@ -23,9 +23,11 @@ TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(functional_adam.__path__, "functional_adam."))
 SUBMODULES = [f"functional_adam.{name}" for name in ("distributed", "recycling", "transformation")]
 
+RESULTS = [f"functional_adam.explanation.{name}" for name in ("Explanation", "LeafGroup", "Copied")]
+
 COMMANDS = {"console", "bash", "indented"}
 DIRECTIVES = {"{include}", "{toctree}", "{eval-rst}"}
-TOOLS = {"ruff", "basedpyright"}
+TOOLS = {"basedpyright", "coverage", "mypy", "ruff"}
 FOREIGN_MODULES = {"pip", "pytest", "sphinx"}
 
 
@@ -48,14 +50,22 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     ]
 
 
+def commands_only(block: str) -> str:
+    """What follows a prompt, if there is one; else everything."""
+    prompted = re.findall(r"^\$ ((?:.*\\\n)*.*)", block, flags=re.MULTILINE)
+    return "\n".join(prompted) if prompted else block
+
+
 def commands_of(page: Path) -> Iterator[list[str]]:
     """The words of each command, in blocks and within a line."""
-    texts = [text for language, text in blocks_of(page) if language in COMMANDS]
+    texts = [commands_only(text) for language, text in blocks_of(page) if language in COMMANDS]
     inline = [token.content for token in tokens_of(page.read_text()) if token.type == "code_inline"]
     texts += [text for text in inline if text.startswith("python ")]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                del words[0]
             if words:
                 yield words
 
@@ -76,6 +86,9 @@ def check_command(words: list[str]) -> None:
     program, *arguments = words
     if program != "python":
         assert program in TOOLS or (ROOT / program).is_file(), words
+        return
+    if arguments[0] == "-c":
+        exec(arguments[1], {})
         return
     if arguments[0] == "-m":
         module, arguments = arguments[1], arguments[2:]
@@ -193,6 +206,6 @@ def public_names_of(module_name: str) -> set[str]:
 def test_the_api_page_has_every_public_name_once():
     shown = re.findall(r"^\.\. auto\w+:: (\S+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE)
     top = {f"functional_adam.{name}" for name in functional_adam.__all__}
-    expected = top.union(SUBMODULES, *map(public_names_of, SUBMODULES))
+    expected = top.union(RESULTS, SUBMODULES, *map(public_names_of, SUBMODULES))
     full = [name if name.startswith("functional_adam.") else f"functional_adam.{name}" for name in shown]
     assert sorted(full) == sorted(expected)

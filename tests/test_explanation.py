@@ -132,7 +132,7 @@ def test_groups_show_their_hyperparameters() -> None:
     params = {"a": randn(2), "b": randn(3), "c": randn(4)}
     hparams = AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1})
     groups = explain(params, params, adam_init(params, hparams), hparams).groups
-    assert [(group.leaves, group.scalars.lr) for group in groups] == [
+    assert [(group.leaves, group.hparams.lr) for group in groups] == [
         (["params['a']", "params['c']"], 0.1),
         (["params['b']"], 0.2),
     ]
