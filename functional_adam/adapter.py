@@ -1,21 +1,14 @@
 """_FunctionalAdam and _FunctionalAdamW: the pure update behind the stateful interface that torch.distributed calls."""
 
-from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams
-from functional_adam.planning import KernelName
-from functional_adam.state import AdamState, adam_init
-from functional_adam.update import adam_update
+from functional_adam.groups import Defaults, group_call, hparams_of, kernel_of
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
-
-_HPARAMS = tuple(field.name for field in fields(AdamHparams))
 
 
 class _FunctionalAdam(torch.optim.Optimizer):
@@ -142,7 +135,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
         # Hooks call with grad mode on.
         with torch.no_grad():
             calls = [
-                _call(group, {i: params[i] for i in own}, {i: grads[i] for i in own}, self.state)
+                group_call(group, {i: params[i] for i in own}, {i: grads[i] for i in own}, self.state)
                 for group, own in zip(groups, places, strict=True)
                 if own
             ]
@@ -159,8 +152,8 @@ class _FunctionalAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the hyperparameters are checked first."""
         group = {**self.defaults, **param_group}
-        _hparams_of(group)
-        _kernel_of(group)
+        hparams_of(group)
+        kernel_of(group)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,7 +180,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
             group["decoupled_weight_decay"] |= self._is_decoupled
 
     def _bind_defaults(self) -> None:
-        self.defaults: MutableMapping[str, Any] = _Defaults(self.defaults, self.param_groups)
+        self.defaults: MutableMapping[str, Any] = Defaults(self.defaults, self.param_groups)
 
 
 class _FunctionalAdamW(_FunctionalAdam):
@@ -220,79 +213,3 @@ class _FunctionalAdamW(_FunctionalAdam):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, _allow_empty_param_list
         )
-
-
-class _Defaults(UserDict[str, Any]):
-    """Default hyperparameters; what is set here is set in every group, as torch's class reads its `defaults`."""
-
-    def __init__(self, defaults: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-        self.groups: list[dict[str, Any]] = []
-        super().__init__(defaults)
-        self.groups = groups
-
-    def __missing__(self, name: str) -> Any:
-        if name not in _BETAS:
-            raise KeyError(name)
-        return self["betas"][_BETAS.index(name)]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name in _BETAS:
-            betas = list(self["betas"])
-            betas[_BETAS.index(name)] = value
-            name, value = "betas", tuple(betas)
-        super().__setitem__(name, value)
-        for group in self.groups:
-            group[name] = value
-
-
-_BETAS = ("beta1", "beta2")  # the names in torch's functional classes
-
-
-class _Call(NamedTuple):
-    """One group's call of adam_update. Keys are places in the list of parameters, as errors name them."""
-
-    params: dict[int, Tensor]
-    grads: dict[int, Any]
-    rows: dict[int, dict[str, Any]]  # the state of each parameter, updated in place
-    hparams: AdamHparams
-    kernel: KernelName
-
-    def run(self, found_inf: float | None) -> None:
-        # A donated step object is emptied, but its memory has the new value: an alias is given away.
-        state = AdamState(
-            step={place: row["step"].detach() for place, row in self.rows.items()},
-            exp_avg=self._column("exp_avg"),
-            exp_avg_sq=self._column("exp_avg_sq"),
-            max_exp_avg_sq=self._column("max_exp_avg_sq") if self.hparams.amsgrad else (),
-        )
-        adam_update(self.params, self.grads, state, self.hparams, kernel=self.kernel, donate=True, found_inf=found_inf)
-
-    def _column(self, name: str) -> dict[int, Any]:
-        return {place: row.get(name) for place, row in self.rows.items()}
-
-
-def _call(
-    group: Mapping[str, Any], params: dict[int, Tensor], grads: dict[int, Any], state: Mapping[Tensor, dict[str, Any]]
-) -> _Call:
-    """What has to be done for `params` of `group`. `state` is read only."""
-    hparams = _hparams_of(group)
-    rows: dict[int, dict[str, Any]] = {}
-    for place, param in params.items():
-        row = state.get(param)
-        if row:
-            # torch keeps steps on the CPU, in the default dtype, or, long ago, as numbers.
-            rows[place] = {**row, "step": torch.as_tensor(row["step"], dtype=torch.float32, device=param.device)}
-        else:
-            fresh = adam_init(param, hparams)._asdict()
-            rows[place] = {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
-    return _Call(params, grads, rows, hparams, _kernel_of(group))
-
-
-def _hparams_of(group: Mapping[str, Any]) -> AdamHparams:
-    return AdamHparams(**{name: group[name] for name in _HPARAMS})
-
-
-def _kernel_of(group: Mapping[str, Any]) -> KernelName:
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    return "fused" if group["fused"] else "foreach" if group["foreach"] else "single"

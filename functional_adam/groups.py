@@ -1,0 +1,93 @@
+"""A parameter group of a stateful optimizer: its defaults, its hyperparameters, its call of adam_update."""
+
+from collections import UserDict
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_adam.hparams import AdamHparams
+from functional_adam.planning import KernelName
+from functional_adam.state import AdamState, adam_init
+from functional_adam.update import adam_update
+
+_BETAS = ("beta1", "beta2")  # the names in torch's functional classes
+_HPARAMS = tuple(field.name for field in fields(AdamHparams))
+
+
+class Defaults(UserDict[str, Any]):
+    """Default hyperparameters; what is set here is set in every group, as torch's class reads its `defaults`."""
+
+    def __init__(self, defaults: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+        self.groups: list[dict[str, Any]] = []
+        super().__init__(defaults)
+        self.groups = groups
+
+    def __missing__(self, name: str) -> Any:
+        if name not in _BETAS:
+            raise KeyError(name)
+        return self["betas"][_BETAS.index(name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in _BETAS:
+            betas = list(self["betas"])
+            betas[_BETAS.index(name)] = value
+            name, value = "betas", tuple(betas)
+        super().__setitem__(name, value)
+        for group in self.groups:
+            group[name] = value
+
+
+class Call(NamedTuple):
+    """One group's call of adam_update. Keys are places in the list of parameters, as errors name them."""
+
+    params: dict[int, Tensor]
+    grads: dict[int, Any]
+    rows: dict[int, dict[str, Any]]  # the state of each parameter, updated in place
+    hparams: AdamHparams
+    kernel: KernelName
+
+    def run(self, found_inf: float | None) -> None:
+        """Update parameters and rows."""
+        # A donated step object is emptied, but its memory has the new value: an alias is given away.
+        state = AdamState(
+            step={place: row["step"].detach() for place, row in self.rows.items()},
+            exp_avg=self._column("exp_avg"),
+            exp_avg_sq=self._column("exp_avg_sq"),
+            max_exp_avg_sq=self._column("max_exp_avg_sq") if self.hparams.amsgrad else (),
+        )
+        adam_update(self.params, self.grads, state, self.hparams, kernel=self.kernel, donate=True, found_inf=found_inf)
+
+    def _column(self, name: str) -> dict[int, Any]:
+        return {place: row.get(name) for place, row in self.rows.items()}
+
+
+def group_call(
+    group: Mapping[str, Any], params: dict[int, Tensor], grads: dict[int, Any], state: Mapping[Tensor, dict[str, Any]]
+) -> Call:
+    """What has to be done for `params` of `group`. `state` is read only."""
+    hparams = hparams_of(group)
+    rows: dict[int, dict[str, Any]] = {}
+    for place, param in params.items():
+        row = state.get(param)
+        if row:
+            # torch keeps steps on the CPU, in the default dtype, or, long ago, as numbers.
+            rows[place] = {**row, "step": torch.as_tensor(row["step"], dtype=torch.float32, device=param.device)}
+        else:
+            fresh = adam_init(param, hparams)._asdict()
+            rows[place] = {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
+    return Call(params, grads, rows, hparams, kernel_of(group))
+
+
+def hparams_of(group: Mapping[str, Any]) -> AdamHparams:
+    """The hyperparameters of a group; raise if they are none."""
+    return AdamHparams(**{name: group[name] for name in _HPARAMS})
+
+
+def kernel_of(group: Mapping[str, Any]) -> KernelName:
+    """The kernel that a group asks for by torch's flags; single if by none."""
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    return "fused" if group["fused"] else "foreach" if group["foreach"] else "single"
