@@ -5,8 +5,7 @@ differentiated and mapped again: `torch.func` inside them would break saved-tens
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +16,10 @@ from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, 
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
+from functional_adam.pieces import Columns, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.recycling import empty_like
 from functional_adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
 from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
-
-# Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
-# operations, and large ones are cut, so that intermediate values stay in the cache.
-_PIECE = 2**17
-
-_Parts: TypeAlias = list[list[list[Tensor]]]
-"""The parts of each leaf, column by column."""
-_Piece: TypeAlias = list[tuple[int, int, int]]
-"""Slices (leaf, start, stop) of flattened leaves."""
 
 
 def differentiable_update(
@@ -94,24 +85,24 @@ class _Update(torch.autograd.Function):
         wanted, reached = _wanted(ctx)
         incoming = unpack_buffers(spec, cotangents)
 
-        columns, incoming_columns = _flattened((*buffers, grads)), _flattened(incoming)
+        columns, incoming_columns = flattened((*buffers, grads)), flattened(incoming)
         if not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed()):
             local = [local_scalars(h, _value(step) + 1) for step in steps]
             if not any(isinstance(x, Tensor) for x in local[0]) and not any(map(is_batched_by_engine, cotangents)):
                 outgoing = _plain_vjp(columns, incoming_columns, h, local)
-                return (None, *_put_together(outgoing, grads), *[None] * (5 + len(steps)))
+                return (None, *put_together(outgoing, grads), *[None] * (5 + len(steps)))
 
-        outgoing: _Parts = [[[] for _ in grads] for _ in range(5)]
+        outgoing: Columns = [[[] for _ in grads] for _ in range(5)]
         of_numbers: list[Any] = [None] * 5
         of_steps: list[Any] = [None] * len(steps)
-        for piece in _pieces(grads, is_step_shared=len(steps) == 1):
+        for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
             k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
-            leaf = _join(piece, columns)
+            leaf = join(piece, columns)
             point = point_at(leaf, h, local_scalars(h, t))
-            leaf_cotangents, scalar_cotangents = leaf_vjp(point, _join(piece, incoming_columns), reached, leaf[0])
+            leaf_cotangents, scalar_cotangents = leaf_vjp(point, join(piece, incoming_columns), reached, leaf[0])
             for column, value in zip(outgoing, leaf_cotangents, strict=True):
-                _split(piece, value, column)
+                split(piece, value, column)
             if wanted:
                 of_local = Local(*map(scalar_cotangents.get, Local._fields))
                 *five, of_step = numbers_vjp(h, t, of_local, wanted)
@@ -121,7 +112,7 @@ class _Update(torch.autograd.Function):
         of_steps = [_as(x, step) for x, step in zip(of_steps, steps, strict=True)]
         if not spec.amsgrad:
             del outgoing[3]
-        return (None, *_put_together(outgoing, grads), *of_numbers, *of_steps)
+        return (None, *put_together(outgoing, grads), *of_numbers, *of_steps)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -129,19 +120,19 @@ class _Update(torch.autograd.Function):
         buffers, grads, numbers, steps = _saved(ctx)
         h = spec.scalars(numbers)
         buffer_tangents, grad_tangents, number_tangents, step_tangents = unpack(spec, tangents)
-        columns, direction = _flattened((*buffers, grads)), _flattened((*buffer_tangents, grad_tangents))
-        new: list[list[list[Tensor]]] = [[[] for _ in grads] for _ in range(4 if spec.amsgrad else 3)]
-        for piece in _pieces(grads, is_step_shared=len(steps) == 1):
+        columns, direction = flattened((*buffers, grads)), flattened((*buffer_tangents, grad_tangents))
+        new: Columns = [[[] for _ in grads] for _ in range(4 if spec.amsgrad else 3)]
+        for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
             k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
-            leaf = _join(piece, columns)
+            leaf = join(piece, columns)
             point = point_at(leaf, h, local_scalars(h, t))
             directions = Numbers(*(None if x is None else precise(x) for x in (*number_tangents, step_tangents[k])))
             local = numbers_jvp(h, t, directions)
-            row = leaf_jvp(point, _join(piece, direction), local, leaf[0])
+            row = leaf_jvp(point, join(piece, direction), local, leaf[0])
             for column, value in zip(new, row, strict=False):
-                _split(piece, value, column)
-        return tuple(_put_together(new, grads))
+                split(piece, value, column)
+        return tuple(put_together(new, grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -182,14 +173,14 @@ class _Advance(torch.autograd.Function):
 _advance: Any = getattr(_Advance, "apply")  # noqa: B009
 
 
-def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, local: list[Local]) -> _Parts:
+def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, local: list[Local]) -> Columns:
     """The cotangents of (p, m, v, g) where `plain_leaf_vjp` can give them."""
     grads = columns[-1]
-    outgoing: _Parts = [[[] for _ in grads] for _ in range(4)]
+    outgoing: Columns = [[[] for _ in grads] for _ in range(4)]
     is_decayed = local[0].decay != 1 or local[0].weight_decay != 0
     if not is_decayed:
         outgoing[0] = [[cotangent] for cotangent in incoming[0]]
-    for piece in _pieces(grads, is_step_shared=len(local) == 1):
+    for piece in cut_into_pieces(grads, is_step_shared=len(local) == 1):
         index, start, stop = piece[0]
         is_cut = len(piece) == 1 and stop - start < grads[index].numel()
         if is_cut and start == 0:
@@ -199,12 +190,12 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
                 column[index].append(empty_like(incoming[0][index], wide))
         places = [column[index][0][start:stop] if is_cut else None for column in outgoing]
         at_step = local[0 if len(local) == 1 else index]
-        values = plain_leaf_vjp(_join(piece, columns), _join(piece, incoming), h, at_step, places[1:])
+        values = plain_leaf_vjp(join(piece, columns), join(piece, incoming), h, at_step, places[1:])
         if is_cut and is_decayed:
             outgoing[0][index][0][start:stop] = values[0]
         elif not is_cut:
             for column, value in zip(outgoing if is_decayed else outgoing[1:], values[not is_decayed :], strict=True):
-                _split(piece, value, column)
+                split(piece, value, column)
     return outgoing
 
 
@@ -228,59 +219,6 @@ def _saved(ctx: Any) -> Parts:
 def _value(step: Tensor) -> Scalar:
     """A number where it can be read, so that corrections cost nothing."""
     return step.item() if is_host_value(step) and is_constant(step) else step
-
-
-def _flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
-    return [[x if x is None else x.reshape(-1) for x in column] for column in columns]
-
-
-def _pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[_Piece]:
-    """All elements of `leaves`; those with steps of their own, and those that are cut, are kept apart."""
-    pieces: list[_Piece] = []
-    room = 0
-    for index, leaf in enumerate(leaves):
-        count = leaf.numel()
-        is_cut = count > _PIECE
-        room = room if is_step_shared and not is_cut else -1
-        for start in range(0, max(count, 1), _PIECE):
-            stop = min(count, start + _PIECE)
-            if stop - start > room or not pieces:
-                pieces.append([])
-                room = _PIECE
-            pieces[-1].append((index, start, stop))
-            room = -1 if is_cut else room - (stop - start)
-    return pieces
-
-
-def _join(piece: _Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, Any]:
-    """The piece of each column as one tensor, in float32 or wider; None where there is none."""
-
-    def joined(column: list[Any]) -> Any:
-        if not column or column[piece[0][0]] is None:
-            return None
-        parts = [column[i] if stop - start == column[i].numel() else column[i][start:stop] for i, start, stop in piece]
-        one = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return one.to(torch.promote_types(one.dtype, torch.float32))
-
-    p, m, v, u, *g = map(joined, columns)
-    return p, m, v, u, g[0] if g else None
-
-
-def _split(piece: _Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
-    """Append the parts of `value` to those of their leaves."""
-    if value is not None:
-        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop - start for _, start, stop in piece])
-        for (index, _, _), part in zip(piece, parts, strict=True):
-            column[index].append(part)
-
-
-def _put_together(columns: list[list[list[Tensor]]], like: list[Tensor]) -> Iterator[Tensor]:
-    """Leaves in the shapes and the one dtype of `like` from their parts, column after column."""
-    dtype, shapes = like[0].dtype, [x.shape for x in like]
-    for column in columns:
-        for parts, shape in zip(column, shapes, strict=True):
-            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
-            yield whole if whole.dtype is dtype else whole.to(dtype)
 
 
 def _plus(x: Any, y: Any) -> Any:

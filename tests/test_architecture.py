@@ -30,6 +30,7 @@ IMPORTS = {
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
     "packing": {"equations", "hparams", "leaves", "planning", "recycling", "tracking"},
     "batching": {"equations", "hparams", "leaves", "packing", "planning", "tracking"},
+    "pieces": set(),
     "rules": {
         "batching",
         "derivatives",
@@ -37,6 +38,7 @@ IMPORTS = {
         "hparams",
         "leaves",
         "packing",
+        "pieces",
         "recycling",
         "scalars",
         "tracking",

@@ -1,0 +1,70 @@
+"""Leaves joined and cut into pieces of one size, for derivatives to be computed in."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
+# operations, and large ones are cut, so that intermediate values stay in the cache.
+_PIECE = 2**17
+
+Columns: TypeAlias = list[list[list[Tensor]]]
+"""The parts of each leaf, column by column."""
+Piece: TypeAlias = list[tuple[int, int, int]]
+"""Slices (leaf, start, stop) of flattened leaves."""
+
+
+def flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
+    """Each leaf as one row."""
+    return [[x if x is None else x.reshape(-1) for x in column] for column in columns]
+
+
+def cut_into_pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[Piece]:
+    """All elements of `leaves`; those with steps of their own, and those that are cut, are kept apart."""
+    pieces: list[Piece] = []
+    room = 0
+    for index, leaf in enumerate(leaves):
+        count = leaf.numel()
+        is_cut = count > _PIECE
+        room = room if is_step_shared and not is_cut else -1
+        for start in range(0, max(count, 1), _PIECE):
+            stop = min(count, start + _PIECE)
+            if stop - start > room or not pieces:
+                pieces.append([])
+                room = _PIECE
+            pieces[-1].append((index, start, stop))
+            room = -1 if is_cut else room - (stop - start)
+    return pieces
+
+
+def join(piece: Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, Any]:
+    """The piece of each column as one tensor, in float32 or wider; None where there is none."""
+
+    def joined(column: list[Any]) -> Any:
+        if not column or column[piece[0][0]] is None:
+            return None
+        parts = [column[i] if stop - start == column[i].numel() else column[i][start:stop] for i, start, stop in piece]
+        one = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return one.to(torch.promote_types(one.dtype, torch.float32))
+
+    p, m, v, u, *g = map(joined, columns)
+    return p, m, v, u, g[0] if g else None
+
+
+def split(piece: Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
+    """Append the parts of `value` to those of their leaves."""
+    if value is not None:
+        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop - start for _, start, stop in piece])
+        for (index, _, _), part in zip(piece, parts, strict=True):
+            column[index].append(part)
+
+
+def put_together(columns: Columns, like: list[Tensor]) -> Iterator[Tensor]:
+    """Leaves in the shapes and the one dtype of `like` from their parts, column after column."""
+    dtype, shapes = like[0].dtype, [x.shape for x in like]
+    for column in columns:
+        for parts, shape in zip(column, shapes, strict=True):
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+            yield whole if whole.dtype is dtype else whole.to(dtype)
