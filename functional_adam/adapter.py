@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_adam.groups import Defaults, group_call, hparams_of, kernel_of
+from functional_adam.groups import Defaults, check_pairs, group_call, hparams_of, kernel_of
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 
@@ -126,6 +126,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
 
     def step_params(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Do as `step_param` for each pair of `params` and `grads`, but for all or, if one is at fault, for none."""
+        check_pairs(params, grads)
         groups = self.param_groups
         owners = {id(p): i for i, group in enumerate(groups) for p in group["params"]} if len(groups) > 1 else {}
         places: list[list[int]] = [[] for _ in groups]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
-from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams
+from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
 from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
 from functional_adam.state import AdamState, TensorTree
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
@@ -72,6 +72,7 @@ def flatten_arguments(
         _check_steps(steps, buffers.params, is_step_shared, treespec)
         if traits is not None:
             remember(listed, traits)
+    _check_others(others, buffers.params)
     # A bare tensor's shared step is its own.
     if is_step_shared and not listed.is_whole and not treespec.is_leaf():
         missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
@@ -164,12 +165,23 @@ def _zero_dim(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
             raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
-        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+        return torch.tensor(to_float(value, name), dtype=torch.float64, device="cpu")
+    fault = None if value.is_complex() else number_fault(value)
+    if fault:
+        raise TypeError(f"{name} {fault}")
     if value.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
     if value.is_complex():
         raise TypeError(f"{name} is of {value.dtype}. Expected a real number or tensor.")
     return value
+
+
+def _check_others(others: list[Tensor], params: list[Tensor]) -> None:
+    if any(x.device.type == "meta" for x in others) and any(x.device.type != "meta" for x in params):
+        raise ValueError(
+            "A hyperparameter, grad_scale or found_inf is on meta, where there are no values, but params are not. "
+            "Make it where the parameters are."
+        )
 
 
 def _is_absent(tree: Any) -> bool:
@@ -212,6 +224,9 @@ def _step_fault(step: Any, param: Tensor | None) -> tuple[type[Exception], str] 
     """The error class and why `step` cannot count the updates of `param`, or None."""
     if not isinstance(step, Tensor):
         return TypeError, f"is of type {type(step).__name__}. Expected a 0-dim float32 tensor, as adam_init makes."
+    fault = number_fault(step)
+    if fault and not step.is_complex():
+        return TypeError, fault
     if is_spent(step):
         return RuntimeError, "is empty: this state was donated and cannot be used again. Use the state that came back."
     if step.shape != ():

@@ -10,8 +10,8 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.donation import is_spent
-from functional_adam.hparams import AdamHparams
-from functional_adam.leaves import DTYPES
+from functional_adam.hparams import AdamHparams, number_fault, to_float
+from functional_adam.leaves import DTYPES, tensor_fault
 from functional_adam.state import AdamState, TensorTree, adam_init
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
@@ -43,6 +43,9 @@ def state_to_dict(state: AdamState) -> dict[str, Tensor]:
         raise TypeError(f"state is of type {type(state).__name__}, expected an AdamState.")
     flat = {"format": torch.tensor(_FORMAT, device="cpu")}
     for field, path, tensor in _fields_and_paths(state):
+        fault = tensor_fault(tensor)
+        if fault:
+            raise TypeError(f"state.{field}{path} {fault}")
         if field == "step" and is_spent(tensor):
             raise RuntimeError(f"state.step{path} is empty: this state was donated. Use the state that came back.")
         if field + path in flat:
@@ -73,7 +76,7 @@ def state_from_dict(flat: Mapping[str, Tensor], params: TensorTree, hparams: Ada
         {'w': tensor([0., 0.])}
     """
     _check_format(flat)
-    has_masters = any(key.startswith("master_params") for key in flat)
+    has_masters = any(isinstance(key, str) and key.startswith("master_params") for key in flat)  # pyright: ignore[reportUnnecessaryIsInstance]
     template = adam_init(params, hparams, per_leaf_step="step" not in flat, master_params=has_masters)
     places = {field + path: (field, path, leaf) for field, path, leaf in _fields_and_paths(template)}
     missing = [key for key in places if key not in flat]
@@ -110,7 +113,7 @@ def _check_format(flat: Any) -> None:
     if not isinstance(flat, Mapping):
         raise TypeError(f"flat is of type {type(flat).__name__}, expected a dict of tensors, as state_to_dict makes.")
     number = flat.get("format")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    if not isinstance(number, Tensor) or number.numel() != 1:
+    if not isinstance(number, Tensor) or number_fault(number) or number.is_meta or number.numel() != 1:
         raise ValueError("flat has no number under 'format'. Expected a dict that state_to_dict has made.")
     if number.item() != _FORMAT:
         raise ValueError(
@@ -123,7 +126,12 @@ def copy_into(place: Tensor, value: Any, where: str, like: str) -> Tensor:
     """A copy of `value` with the device and layout of `place`, and its own dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where} is of type {type(value).__name__}, expected a tensor.")
-    if value.layout is not torch.strided or value.dtype not in DTYPES or value.is_complex() != place.is_complex():
+    if (
+        value.is_nested
+        or value.layout is not torch.strided
+        or value.dtype not in DTYPES
+        or value.is_complex() != place.is_complex()
+    ):
         kind = "complex" if place.is_complex() else "real floating"
         raise TypeError(
             f"{where} is a tensor of {value.dtype} and {value.layout}, expected a dense {kind} one as {like} is."
@@ -133,16 +141,26 @@ def copy_into(place: Tensor, value: Any, where: str, like: str) -> Tensor:
             f"{where} has shape {tuple(value.shape)}, but {like} has {tuple(place.shape)}. "
             "Give the params that the state was made with, in the same order."
         )
+    _check_has_values(value, where, place)
     return torch.empty_like(place, dtype=value.dtype).copy_(value.detach())
+
+
+def _check_has_values(value: Tensor, where: str, place: Tensor | None = None) -> None:
+    if value.is_meta and not (place is not None and place.is_meta):
+        raise ValueError(f"{where} is on meta, where there are no values. Load it to a device.")
 
 
 def read_step(value: Any, where: str) -> Tensor:
     """`value` as a float32 tensor, if it counts something."""
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{where} is of type {type(value).__name__}, expected a number or a tensor.")
-    step = torch.as_tensor(value).detach()
+    step = value.detach() if isinstance(value, Tensor) else torch.tensor(to_float(value, where), dtype=torch.float64)
     if step.is_complex() or step.dtype is torch.bool:
         raise TypeError(f"{where} is of {step.dtype}, expected a real number or tensor.")
+    fault = number_fault(step)
+    if fault:
+        raise TypeError(f"{where} {fault}")
+    _check_has_values(step, where)
     step = step.to(torch.float32)
     if not bool(((step >= 0) & (step == step.floor()) & step.isfinite()).all()):
         raise ValueError(f"{where} is {value}, expected a whole number of updates, 0 or more.")

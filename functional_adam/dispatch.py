@@ -8,7 +8,7 @@ from torch import Tensor
 from functional_adam.arguments import Arguments
 from functional_adam.donation import check_donation, is_surely_safe
 from functional_adam.equations import Scalars
-from functional_adam.hparams import Scalar
+from functional_adam.hparams import Scalar, check_flag
 from functional_adam.leaves import check_unsharded, whole
 from functional_adam.planning import check_kernel_name, select_kernel
 from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
@@ -33,6 +33,7 @@ class Way(NamedTuple):
 def select_way(given: Arguments, kernel: str, *, donate: bool) -> Way:
     """What will compute the update of the arguments `given`; raise if nothing can as asked."""
     check_kernel_name(kernel)
+    check_flag(donate, "donate")
     watched_by = _watcher(given)
     if donate:
         _check_donation(given, watched_by)

@@ -40,6 +40,18 @@ class Defaults(UserDict[str, Any]):
             group[name] = value
 
 
+def check_pairs(params: Any, grads: Any) -> None:
+    """Raise unless these are two lists of one length, the first of tensors."""
+    for name, given in (("params", params), ("grads", grads)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} is of type {type(given).__name__}. Expected a list.")
+    if len(params) != len(grads):
+        raise ValueError(f"There are {len(params)} params, but {len(grads)} grads. Expected one for each.")
+    for place, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{place}] is of type {type(param).__name__}. Expected a tensor.")
+
+
 class Call(NamedTuple):
     """One group's call of adam_update. Keys are places in the list of parameters, as errors name them."""
 

@@ -92,16 +92,47 @@ class AdamHparams:
 
 NUMBER_NAMES = ("hparams.lr", "hparams.betas[0]", "hparams.betas[1]", "hparams.eps", "hparams.weight_decay")
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBER_DTYPES = {*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 
 
 def check_scalar(value: Any, where: str) -> None:
-    """Raise TypeError unless `value` can stand for a number: real, and not a flag."""
+    """Raise unless `value` can stand for a number: real, not a flag, and not too large."""
     if isinstance(value, Tensor):
-        if value.is_complex() or value.dtype is torch.bool:
-            raise TypeError(f"{where} is a tensor of {value.dtype}. Expected a real tensor: convert it first.")
+        fault = number_fault(value)
+        if fault or value.dtype is torch.bool:
+            raise TypeError(
+                f"{where} {fault or 'is a tensor of torch.bool. Expected a real tensor: convert it first.'}"
+            )
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where} is {value!r} ({type(value).__name__}). Expected a number or a 0-dim tensor.")
+    else:
+        to_float(value, where)
+
+
+def number_fault(tensor: Tensor) -> str | None:
+    """Why `tensor` holds no numbers to compute with, or None."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        return f"has the layout {layout}. Expected a number or a dense tensor."
+    if tensor.dtype not in _NUMBER_DTYPES:
+        return f"is a tensor of {tensor.dtype}. Expected a real tensor: convert it first."
+    return None
+
+
+def to_float(value: Real, where: str) -> float:
+    """`value` as the float that kernels compute with."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where} is too large for a float. Expected a number below 1.8e308.") from None
+
+
+def check_flag(value: Any, where: str) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{where} is of type {type(value).__name__}. Expected True or False.")
 
 
 def check_hparams_type(hparams: Any) -> None:

@@ -3,6 +3,7 @@
 The private torch names `_fused_adam_`, `_fused_adamw_` and `_foreach_*` stand only here.
 """
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,13 +54,13 @@ def run_single(batch: Batch) -> None:
             if h.decoupled_weight_decay:
                 p.mul_(1 - lr * weight_decay)
             else:
-                g = g.add(p, alpha=weight_decay)
+                g = g.add(p, alpha=_saturated(weight_decay, p.dtype))
         m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         if u is not None:
             torch.maximum(u, v, out=u)
         denominator = ((v if u is None else u).sqrt() / root_correction).add_(eps)
-        p.addcdiv_(m, denominator, value=-step_size)
+        p.addcdiv_(m, denominator, value=_saturated(-step_size, p.dtype))
 
 
 def run_foreach(batch: Batch) -> None:
@@ -81,7 +82,7 @@ def run_foreach(batch: Batch) -> None:
         elif isinstance(h.weight_decay, Tensor):
             g = ops._foreach_add(g, ops._foreach_mul(p, scalar(h.weight_decay)))
         else:
-            g = ops._foreach_add(g, p, alpha=h.weight_decay)
+            g = ops._foreach_add(g, p, alpha=_saturated(h.weight_decay, dtype))
     if isinstance(h.beta1, Tensor):
         change = ops._foreach_sub(g, m)
         ops._foreach_mul_(change, scalar(1 - precise(h.beta1)))
@@ -112,7 +113,7 @@ def run_foreach(batch: Batch) -> None:
         ops._foreach_mul_(change, [scalar(x) for x in step_sizes])
         ops._foreach_sub_(p, change)
     else:
-        ops._foreach_addcdiv_(p, m, denominator, [-x for x in step_sizes])
+        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-x, dtype) for x in step_sizes])
 
 
 def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
@@ -140,6 +141,21 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
+
+
+def check_numbers(batch: Batch) -> None:
+    """Raise ValueError where Python's arithmetic would fail in the middle of an update, and a tensor's would not."""
+    for name, beta in (("betas[0]", batch.scalars.beta1), ("betas[1]", batch.scalars.beta2)):
+        if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
+            raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
+    for step in {id(step): step for step in batch.steps}.values():
+        if step.device.type == "cpu" and type(step) is Tensor and not step.item() >= 1:
+            raise ValueError(f"state.step is {step.item() - 1:g}. Expected a number of updates >= 0.")
+
+
+def _saturated(x: float, dtype: torch.dtype) -> float:
+    """`x`, or infinity where `dtype` has nothing larger: torch refuses the number, tensors would become infinite."""
+    return math.copysign(math.inf, x) if abs(x) > torch.finfo(dtype).max else x
 
 
 def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:

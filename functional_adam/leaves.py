@@ -111,7 +111,7 @@ def _is_dtensor(x: Any) -> bool:
 def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
     """Raise TypeError unless every leaf of `params` is a dense floating or complex tensor."""
     for index, param in enumerate(params):
-        fault = _tensor_fault(param)
+        fault = tensor_fault(param)
         if fault:
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
 
@@ -150,7 +150,7 @@ def check_leaves(buffers: Buffers, grads: Sequence[Any], treespec: PyTreeSpec) -
                 raise error(fault.format(path=path, param_path=param_path))
 
 
-def _tensor_fault(tensor: Any) -> str | None:
+def tensor_fault(tensor: Any) -> str | None:
     """Why `tensor` cannot be a leaf, or None."""
     if not isinstance(tensor, Tensor):
         return f"is of type {type(tensor).__name__}. Expected a tensor."
@@ -164,7 +164,7 @@ def _tensor_fault(tensor: Any) -> str | None:
 
 def _misfit(tensor: Any, param: Tensor, *, is_grad: bool) -> tuple[type[Exception] | None, str]:
     """The error class and its text, with places for the paths; no class if `tensor` fits `param`."""
-    fault = _tensor_fault(tensor)
+    fault = tensor_fault(tensor)
     if fault:
         return TypeError, f"{{path}} {fault}"
     advice = ("Gradients" if is_grad else "The moments, made by adam_init,") + " must match params leaf by leaf."

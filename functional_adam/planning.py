@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars, as_real, compute_dtype
 from functional_adam.hparams import Scalar
-from functional_adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
+from functional_adam.kernels import Batch, check_numbers, missing_operation, run_foreach, run_fused, run_single
 from functional_adam.layouts import is_laid_out_like
 from functional_adam.leaves import Buffers
 from functional_adam.recycling import empty_like
@@ -39,7 +39,7 @@ def obstacle(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]
 
 def check_kernel_name(kernel: str) -> None:
     """Raise ValueError unless there is such a kernel."""
-    if kernel not in get_args(KernelName):
+    if not isinstance(kernel, str) or kernel not in get_args(KernelName):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"kernel is {kernel!r}. Expected one of {', '.join(map(repr, get_args(KernelName)))}.")
 
 
@@ -130,6 +130,9 @@ def run_kernel(
             )
             for dtype, indices in group_leaves(buffers, scalars)
         ]
+    if kernel != "fused":
+        for batch, _ in batches:
+            check_numbers(batch)
     for batch, copies in batches:
         device = batch.grads[0].device
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,12 +55,15 @@ def set_cache_limit(limit: int | None) -> None:
         limit: in bytes, or None for what holds by default: twice what the largest update so far has written.
 
     Raises:
+        TypeError: `limit` is no whole number.
         ValueError: `limit` is negative.
 
     Example:
         >>> set_cache_limit(2**30)
         >>> set_cache_limit(None)
     """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+        raise TypeError(f"limit is of type {type(limit).__name__}. Expected a number of bytes, or None.")
     if limit is not None and limit < 0:
         raise ValueError(f"limit is {limit}. Expected a number of bytes >= 0, or None for the default.")
     _cache.set_limit(limit)

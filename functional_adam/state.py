@@ -6,7 +6,7 @@ import optree
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams, check_hparams_type
+from functional_adam.hparams import AdamHparams, check_flag, check_hparams_type
 from functional_adam.leaves import DTYPES, MASTER_DTYPES, check_params
 from functional_adam.trees import path_of
 
@@ -83,6 +83,8 @@ def adam_init(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1.
     """
     check_hparams_type(hparams)
+    check_flag(per_leaf_step, "per_leaf_step")
+    check_flag(master_params, "master_params")
     leaves, treespec = optree.tree_flatten(params)
     check_params(leaves, treespec)
     with torch.no_grad():

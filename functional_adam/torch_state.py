@@ -12,9 +12,9 @@ from functional_adam.arguments import Arguments, flatten_arguments
 from functional_adam.checkpoint import copy_into, listed, read_step
 from functional_adam.hparams import AdamHparams, check_hparams
 from functional_adam.state import AdamState, TensorTree, adam_init
+from functional_adam.torch_groups import FLAGS, hparams_of, own, parts_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 
 
 def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHparams) -> dict[str, Any]:
@@ -57,13 +57,13 @@ def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHpara
         leaves_of.setdefault(id(given.scalars[index]), []).append(index)
     entries: dict[int, dict[str, Tensor]] = {}
     groups: list[dict[str, Any]] = []
-    flags = {name: getattr(hparams, name) for name in _FLAGS}
+    flags = {name: getattr(hparams, name) for name in FLAGS}
     flags |= {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
     for leaves in leaves_of.values() or [[]]:
         lr, *betas, eps, weight_decay = given.scalars[leaves[0]][:5] if leaves else given.scalar_sets[0][:5]
         numbers = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         places = [len(entries) + i for i in range(len(leaves))]
-        groups.append({**{name: _own(x) for name, x in numbers.items()}, **flags, "params": places})
+        groups.append({**{name: own(x) for name, x in numbers.items()}, **flags, "params": places})
         for place, index in zip(places, leaves, strict=True):
             entries[place] = _entry(given, columns, index)
     return {"state": entries, "param_groups": groups}
@@ -110,9 +110,9 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     Source: `torch.optim.Optimizer.load_state_dict`.
     """
     treespec = optree.tree_structure(params)
-    groups, entries = _parts(state_dict)
+    groups, entries = parts_of(state_dict)
     leaf_of = _leaf_of(treespec, groups)
-    hparams = _hparams_of(groups, leaf_of, treespec)
+    hparams = hparams_of(groups, leaf_of, treespec)
     check_hparams(hparams)
     unknown = [key for key in entries if key not in leaf_of]
     if unknown:
@@ -137,86 +137,6 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     zeros: list[Any] = [state.step] if is_shared else treespec.flatten_up_to(state.step)
     placed = [steps[i].to(zero.device, copy=True) if i in steps else zero for i, zero in enumerate(zeros)]
     return state._replace(step=placed[0] if is_shared else treespec.unflatten(placed), **moments), hparams
-
-
-def _parts(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict[str, Any]]]:
-    """The groups and the entries of `state_dict`, if it looks like one of torch.optim."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is of type {type(state_dict).__name__}, expected the dict of state_dict().")
-    found: dict[str, Any] = dict(state_dict)  # pyright: ignore[reportUnknownArgumentType]
-    if not {"state", "param_groups"} <= found.keys():
-        raise ValueError(
-            f"state_dict has the keys {listed(list(found))}, expected 'state' and 'param_groups'. "
-            "Give what state_dict() of an optimizer returned."
-        )
-    entries, groups = found["state"], found["param_groups"]
-    if not isinstance(entries, Mapping) or not isinstance(groups, (list, tuple)):
-        got = f"{type(entries).__name__} and {type(groups).__name__}"  # pyright: ignore[reportUnknownArgumentType]
-        raise TypeError(f"state_dict has a 'state' and 'param_groups' of types {got}, expected a dict and a list.")
-    parts: list[tuple[str, Any]] = [(f"['param_groups'][{i}]", x) for i, x in enumerate(groups)]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    parts += [(f"['state'][{key!r}]", x) for key, x in entries.items()]  # pyright: ignore[reportUnknownVariableType]
-    for where, part in parts:
-        if not isinstance(part, Mapping):
-            raise TypeError(f"state_dict{where} is of type {type(part).__name__}, expected a dict.")
-    if not groups:
-        raise ValueError("state_dict['param_groups'] is empty, expected a list with at least one group.")
-    for index, group in enumerate(groups):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-        ids = group.get("params")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(x, (int, str)) for x in ids):  # pyright: ignore[reportUnknownVariableType]
-            raise TypeError(f"state_dict['param_groups'][{index}]['params'] is {ids!r}, expected a list of indices.")
-    return list(groups), dict(entries)  # pyright: ignore[reportUnknownArgumentType]
-
-
-def _hparams_of(
-    groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec
-) -> AdamHparams:
-    """The hyperparameters of all groups; a number in which they differ becomes a tree like params."""
-    owner = {leaf_of[key]: index for index, group in enumerate(groups) for key in group["params"]}
-
-    def number(values: list[Any]) -> Any:
-        if all(_plain(value) == _plain(values[0]) for value in values):
-            return _own(values[0])
-        return treespec.unflatten([_own(values[owner[leaf]]) for leaf in range(treespec.num_leaves)])
-
-    for index, group in enumerate(groups):
-        missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
-        if missing:
-            raise ValueError(
-                f"state_dict['param_groups'][{index}] has no {missing[0]!r}. Expected a group of Adam or AdamW."
-            )
-        betas: Any = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
-            raise ValueError(f"state_dict['param_groups'][{index}]['betas'] is {betas!r}, expected a pair of numbers.")
-    flags = {name: [bool(group.get(name, False)) for group in groups] for name in _FLAGS}  # torch got them later
-    for name, values in flags.items():
-        if len({*values}) > 1:
-            raise ValueError(
-                f"state_dict['param_groups'] differ in {name!r}: {values}. It is one for all parameters: make the "
-                "groups agree, or load each into a state of its own."
-            )
-    return AdamHparams(
-        lr=number([group["lr"] for group in groups]),
-        betas=(number([group["betas"][0] for group in groups]), number([group["betas"][1] for group in groups])),
-        eps=number([group["eps"] for group in groups]),
-        weight_decay=number([group["weight_decay"] for group in groups]),
-        amsgrad=flags["amsgrad"][0],
-        maximize=flags["maximize"][0],
-        decoupled_weight_decay=flags["decoupled_weight_decay"][0],
-    )
-
-
-def _plain(value: Any) -> Any:
-    """`value`, to be compared: Python numbers for a tensor."""
-    return cast("Any", value).tolist() if isinstance(value, Tensor) else value
-
-
-def _own(value: Any) -> Any:
-    """A hyperparameter, or a pair of them, in memory of its own; to torch a tensor of one element is a number."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_own, value))  # pyright: ignore[reportUnknownArgumentType]
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone().reshape(()) if value.numel() == 1 else value
 
 
 def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:

@@ -16,10 +16,11 @@ import optree
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams, Scalar
+from functional_adam.hparams import AdamHparams, Scalar, check_flag
+from functional_adam.leaves import tensor_fault
 from functional_adam.planning import KernelName, check_kernel_name
 from functional_adam.state import AdamState, TensorTree, adam_init
-from functional_adam.trees import flatten_like
+from functional_adam.trees import flatten_like, path_of
 from functional_adam.update import adam_update
 
 
@@ -131,12 +132,18 @@ def adam(
                 f"params is None, but weight_decay is {weight_decay}: the update depends on the parameters. "
                 "Call update(grads, state, params)."
             )
+        check_flag(inplace, "inplace")
+        if not isinstance(state, AdamState):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"state is of type {type(state).__name__}, expected the AdamState of init. "
+                "The order is update(grads, state, params)."
+            )
         given = _in_kind_of(state.exp_avg, grads)
         like = _in_kind_of(state.exp_avg, state.exp_avg if params is None else params)
         # Without weight decay an update does not depend on the parameter: that of 0 is the update itself, not rounded.
         old = like if has_decay and not inplace else optree.tree_map(_detached_copy if has_decay else _zeros, like)
         # Donation empties the step of its state, but the caller may go on with it.
-        own = state._replace(step=optree.tree_map(torch.clone, state.step)) if inplace else state
+        own = state._replace(step=optree.tree_map(_copy, state.step)) if inplace else state
         new, result = adam_update(old, given, own, hparams, kernel=kernel, donate=inplace)
         if inplace:
             optree.tree_map_(Tensor.copy_, state.step, result.step)
@@ -162,7 +169,8 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
         A pytree like `params`, of its dtypes.
 
     Raises:
-        ValueError: `updates` has another structure than `params`.
+        TypeError: a leaf is no floating or complex tensor.
+        ValueError: `updates` has another structure than `params`, or a leaf another shape or device.
 
     Example:
         >>> from functional_adam import transformation
@@ -171,8 +179,21 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
 
     Source: `optax.apply_updates`, `torchopt.apply_updates`.
     """
+    check_flag(inplace, "inplace")
     leaves, treespec = optree.tree_flatten(params)
     changes = flatten_like(treespec, _in_kind_of(params, updates), "updates", params)
+    for index, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
+        for name, x in (("params", leaf), ("updates", change)):
+            fault = None if change is None else tensor_fault(x)
+            if fault:
+                raise TypeError(f"{path_of(treespec, index, name)} {fault}")
+        if change is not None and (change.shape, change.device) != (leaf.shape, leaf.device):
+            got, expected = (f"of shape {tuple(x.shape)} on {x.device}" for x in (change, leaf))
+            path, param_path = (path_of(treespec, index, name) for name in ("updates", "params"))
+            raise ValueError(f"{path} is {got}, but {param_path} is {expected}. Updates must match params.")
+        if change is not None and change.is_complex() and not leaf.is_complex():
+            path, param_path = (path_of(treespec, index, name) for name in ("updates", "params"))
+            raise TypeError(f"{path} is of {change.dtype}, but {param_path} is of {leaf.dtype}. Take the real part.")
     if inplace:
         with torch.no_grad():
             for leaf, change in zip(leaves, changes, strict=True):
@@ -187,9 +208,14 @@ def _in_kind_of(model: Any, tree: Any) -> Any:
     return type(model)(tree) if {type(model), type(tree)} == {list, tuple} else tree
 
 
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, requires_grad=False)
+# What is no leaf stays as it is, for adam_update to say so.
+def _zeros(x: Any) -> Any:
+    return x if tensor_fault(x) else torch.zeros_like(x, requires_grad=False)
 
 
-def _detached_copy(x: Tensor) -> Tensor:
-    return x.detach().clone()
+def _copy(x: Any) -> Any:
+    return x if tensor_fault(x) else x.clone()
+
+
+def _detached_copy(x: Any) -> Any:
+    return x if tensor_fault(x) else x.detach().clone()

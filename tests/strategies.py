@@ -1,6 +1,7 @@
 """What properties are tested on: hypothesis strategies for pytrees, shapes, layouts, dtypes and hyperparameters."""
 
 import math
+import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,10 +11,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+# More examples, from fresh seeds; what fails is printed so that it can be repeated.
+IS_LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
 PROPERTY = settings(
     deadline=None,
-    max_examples=60,
-    derandomize=True,
+    max_examples=2000 if IS_LONG else 60,
+    derandomize=not IS_LONG,
+    print_blob=IS_LONG,
     database=None,
     # Fixtures that only choose (a dtype, a device) may be shared by examples.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -49,9 +49,10 @@ IMPORTS = {
         "state",
     },
     "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state"},
-    "transformation": {"hparams", "planning", "state", "trees", "update"},
+    "transformation": {"hparams", "leaves", "planning", "state", "trees", "update"},
     "checkpoint": {"donation", "hparams", "leaves", "state"},
-    "torch_state": {"arguments", "checkpoint", "hparams", "state"},
+    "torch_groups": {"checkpoint", "hparams"},
+    "torch_state": {"arguments", "checkpoint", "hparams", "state", "torch_groups"},
     "groups": {"hparams", "planning", "state", "update"},
     "adapter": {"groups"},
     "distributed.registration": {"adapter"},
@@ -121,7 +122,7 @@ def test_each_module_says_what_it_is_for_and_stays_small(module: str):
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring
     assert docstring.splitlines()[0].endswith((".", "?"))
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 250
 
 
 @pytest.mark.parametrize(("owner", "names"), PRIVATE_TORCH.items())

@@ -95,7 +95,8 @@ def check_command(words: list[str]) -> None:
         if module in FOREIGN_MODULES:
             check_extras(arguments)
             return
-        script = ROOT / module.replace(".", "/") / "__main__.py"
+        path = ROOT / module.replace(".", "/")
+        script = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
     else:
         script, arguments = ROOT / arguments[0], arguments[1:]
     assert script.is_file(), words

@@ -21,6 +21,7 @@ def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:
         What undoes it, by `.close()`, or at the end of a `with` statement.
 
     Raises:
+        TypeError: `optimizer` is of another type.
         ValueError: none of the optimizer's parameters requires grad.
 
     Example:
@@ -33,6 +34,8 @@ def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:
 
     Source: the contract of `torch.Tensor.register_post_accumulate_grad_hook`.
     """
+    if not isinstance(optimizer, _FunctionalAdam):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")
 
     def step(param: torch.Tensor) -> None:
         optimizer.step_param(param, param.grad)

@@ -1,0 +1,468 @@
+"""Long random programs: whatever is done to a run, in whatever order, it stays the run of the NumPy oracle.
+
+`HYPOTHESIS_PROFILE=long` runs many more of them, from fresh seeds.
+"""
+
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optree
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from functional_adam import (
+    AdamHparams,
+    AdamState,
+    adam_init,
+    adam_update,
+    from_torch_state_dict,
+    state_from_dict,
+    state_to_dict,
+    to_torch_state_dict,
+)
+from tests.oracles import LeafUpdate, numpy_adam
+from tests.soak import grown, soak
+from tests.strategies import IS_LONG, PROPERTY, in_layout, layouts, random_tensor, seeds
+from tests.tolerances import TOLERANCES
+
+ROOT = Path(__file__).parent.parent
+SHAPES = ((), (3,), (2, 3), (2, 3, 2), (0,), (5, 1))
+DENSE_LAYOUTS = ("contiguous", "transposed", "channels_last", "offset")
+COLUMNS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+KERNELS = st.sampled_from(("auto", "single", "foreach", "fused"))
+SKIPS = (1, 1.0, True, math.nan, math.inf, -math.inf, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(math.nan))
+SKIPS = (*SKIPS, torch.tensor(True), torch.tensor(3), torch.tensor(math.inf, dtype=torch.float64))
+RUNS_ON = (None, 0, 0.0, False, torch.tensor(0.0), torch.tensor(False))
+SCALES = (None, 1.0, 4, torch.tensor(2.0), torch.tensor(0.5, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tree of parameters, and one of numbers that is a prefix of it. Leaves of the first are optree's, in order."""
+
+    count: int
+    tree: Callable[..., Any]
+    prefix: Callable[[Any, Any], Any]
+    names: tuple[str, ...]  # of the leaves, as torch.optim may know them
+    inserted: tuple[int, ...]  # the leaves, as `parameters()` would have them
+
+
+FORMS = (
+    Form(1, lambda x: x, lambda x, _: x, ("x",), (0,)),
+    Form(
+        3,
+        lambda x, y, z: {"w": z, "layer": {"2": y, "10": x}},
+        lambda x, y: {"w": x, "layer": y},
+        ("layer.10", "layer.2", "w"),
+        (2, 1, 0),
+    ),
+    Form(3, lambda x, y, z: [x, (y, z)], lambda x, y: [x, y], ("x", "y", "z"), (0, 1, 2)),
+)
+
+Numbers = dict[str, Any]  # keyword arguments of the oracle
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What the oracle knows of a leaf, in float64."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: float
+
+    def next(self, grad: Tensor, numbers: Numbers, grad_scale: float | None = None) -> "Leaf":
+        new: LeafUpdate = numpy_adam(
+            self.param,
+            grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.max_exp_avg_sq,
+            self.step,
+            **numbers,
+            grad_scale=grad_scale,
+        )
+        return Leaf(*(None if x is None else torch.from_numpy(x) for x in new[:4]), step=new.step)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that nothing may change any more."""
+
+    tensor: Tensor
+    version: int
+    address: int
+    value: Tensor
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def keep(tree: Any) -> list[Kept]:
+    return [Kept(x, x._version, x.data_ptr(), bits(x)) for x in tensors_of(tree)]
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [x for x in optree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def assert_kept(kept: Sequence[Kept]) -> None:
+    for k in kept:
+        assert (k.tensor._version, k.tensor.data_ptr()) == (k.version, k.address)
+        assert torch.equal(bits(k.tensor), k.value)
+
+
+def described(tree: Any) -> list[tuple[Any, ...]]:
+    return [(x.dtype, x.shape, x.stride(), x.device, type(x), x.requires_grad) for x in tensors_of(tree)]
+
+
+class Program(RuleBasedStateMachine):
+    """One run: `params`, `state` and `hparams` of the package, `leaves` and `numbers` of the oracle."""
+
+    @initialize(
+        form=st.sampled_from(FORMS),
+        dtype=st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.complex64)),
+        flags=st.fixed_dictionaries(
+            {name: st.booleans() for name in ("amsgrad", "maximize", "decoupled_weight_decay")}
+        ),
+        per_leaf_step=st.booleans(),
+        shapes=st.lists(st.sampled_from(SHAPES), min_size=3, max_size=3),
+        layout=st.sampled_from(DENSE_LAYOUTS),
+        seed=seeds,
+    )
+    def begin(
+        self,
+        form: Form,
+        dtype: torch.dtype,
+        flags: dict[str, bool],
+        per_leaf_step: bool,
+        shapes: list[tuple[int, ...]],
+        layout: str,
+        seed: int,
+    ) -> None:
+        self.form, self.dtype, self.flags = form, dtype, flags
+        self.has_masters = dtype is torch.bfloat16
+        leaves = [in_layout(random_tensor(s, dtype, seed + i), layout) for i, s in enumerate(shapes[: form.count])]
+        self.params = form.tree(*leaves)
+        self.numbers: list[Numbers] = [{}] * form.count
+        self.set_hparams()
+        moments = torch.float32 if self.has_masters else None
+        self.state = adam_init(
+            self.params,
+            self.hparams,
+            per_leaf_step=per_leaf_step,
+            master_params=self.has_masters,
+            moment_dtype=moments,
+        )
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        zeros = [torch.zeros_like(x, dtype=wide) for x in leaves]
+        self.leaves = [
+            Leaf(x.to(wide, copy=True), zero, zero, zero if flags["amsgrad"] else None, 0.0)
+            for x, zero in zip(leaves, zeros, strict=True)
+        ]
+        self.kept: list[Kept] = []
+        self.form_now = described((self.params, self.state))
+
+    # What all rules do.
+
+    @property
+    def is_step_shared(self) -> bool:
+        return isinstance(self.state.step, Tensor) and self.form.count > 1
+
+    @property
+    def spec(self) -> optree.PyTreeSpec:
+        return optree.tree_structure(self.params)
+
+    def set_hparams(self, **changes: tuple[Any, list[Any]]) -> None:
+        """Take over changes, each as the package and as the oracle has it, leaf by leaf."""
+        given = {} if not self.numbers[0] else {n: getattr(self.hparams, n) for n in ("lr", "betas", "eps")}
+        given |= {"weight_decay": self.hparams.weight_decay} if given else {"lr": 0.01}
+        if not self.numbers[0]:
+            start = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+            self.numbers = [{**start, **self.flags} for _ in self.numbers]
+        for name, (ours, theirs) in changes.items():
+            given[name] = ours
+            self.numbers = [{**n, name: x} for n, x in zip(self.numbers, theirs, strict=True)]
+        self.hparams = AdamHparams(**given, **self.flags)
+
+    def gradients(self, seed: int, layout: str) -> list[Tensor]:
+        return [
+            in_layout(random_tensor(x.shape, self.dtype, seed + i), layout)
+            for i, x in enumerate(optree.tree_leaves(self.params))
+        ]
+
+    def expect(self, grads: Sequence[Tensor | None], grad_scale: Any = None) -> None:
+        scale = None if grad_scale is None else float(grad_scale)
+        self.leaves = [
+            leaf if grad is None else leaf.next(grad, numbers, scale)
+            for leaf, grad, numbers in zip(self.leaves, grads, self.numbers, strict=True)
+        ]
+
+    def update(self, grads: Sequence[Tensor | None], *, donate: bool = False, **options: Any) -> None:
+        tree: Any = self.spec.unflatten(grads)
+        old = self.params, self.state
+        self.kept = [*self.kept, *keep([x for x in grads if x is not None]), *keep(() if donate else old)][-60:]
+        self.params, self.state = adam_update(*old[:1], tree, old[1], self.hparams, donate=donate, **options)
+        if donate:
+            assert [x.data_ptr() for x in tensors_of(old[0])] == [x.data_ptr() for x in tensors_of(self.params)]
+            with pytest.raises(RuntimeError, match=r"state\.step.* is empty: this state was donated"):
+                adam_update(self.params, tree, old[1], self.hparams)
+
+    # The rules.
+
+    @rule(
+        kernel=KERNELS,
+        seed=seeds,
+        layout=layouts(),
+        donate=st.booleans(),
+        grad_scale=st.sampled_from(SCALES),
+        found_inf=st.sampled_from(RUNS_ON),
+    )
+    def step(self, kernel: str, seed: int, layout: str, donate: bool, grad_scale: Any, found_inf: Any) -> None:
+        grads = self.gradients(seed, layout)
+        self.update(grads, donate=donate, kernel=kernel, grad_scale=grad_scale, found_inf=found_inf)
+        self.expect(grads, grad_scale)
+
+    @rule(kernel=KERNELS, seed=seeds, donate=st.booleans(), found_inf=st.sampled_from(SKIPS))
+    def skip(self, kernel: str, seed: int, donate: bool, found_inf: Any) -> None:
+        grads = [x * math.nan for x in self.gradients(seed, "contiguous")]
+        before = [bits(x) for x in tensors_of((self.params, self.state))]
+        self.update(grads, donate=donate, kernel=kernel, found_inf=found_inf)
+        assert all(map(torch.equal, before, map(bits, tensors_of((self.params, self.state)))))
+
+    @precondition(lambda self: not self.is_step_shared)
+    @rule(kernel=KERNELS, seed=seeds, mask=st.lists(st.booleans(), min_size=3, max_size=3), donate=st.booleans())
+    def step_some(self, kernel: str, seed: int, mask: list[bool], donate: bool) -> None:
+        grads = [g if here else None for g, here in zip(self.gradients(seed, "contiguous"), mask, strict=False)]
+        self.update(grads, kernel=kernel, donate=donate)
+        self.expect(grads)
+
+    @rule(
+        kernel=KERNELS,
+        seed=seeds,
+        members=st.integers(1, 3),
+        chosen=st.integers(0, 2),
+        count=st.integers(1, 2),
+        maps_lr=st.booleans(),
+        layout=st.sampled_from(DENSE_LAYOUTS),
+    )
+    def step_stacked(
+        self, kernel: str, seed: int, members: int, chosen: int, count: int, maps_lr: bool, layout: str
+    ) -> None:
+        """Copies of the run as members of a batch, each with its own gradients, and one of them taken out."""
+
+        def stack(trees: Sequence[Any]) -> Any:
+            return optree.tree_map(lambda *xs: torch.stack(xs), *trees)
+
+        params, state = stack([self.params] * members), stack([self.state] * members)
+        rates = torch.linspace(0.01, 0.03, members, dtype=torch.float64)
+        per_member = replace(self.hparams, lr=rates) if maps_lr else self.hparams
+        if maps_lr:
+            rate = rates[chosen % members].item()
+            self.set_hparams(lr=(rate, [rate] * self.form.count))
+        for i in range(count):
+            all_grads = [self.gradients(seed + 10 * i + j, layout) for j in range(members)]
+            grads = stack([self.spec.unflatten(grads) for grads in all_grads])
+
+            def one(p: Any, g: Any, s: AdamState, lr: Any) -> Any:
+                hparams = replace(per_member, lr=lr) if maps_lr else self.hparams
+                return adam_update(p, g, s, hparams, kernel=kernel)
+
+            params, state = torch.func.vmap(one)(params, grads, state, rates)
+            self.expect(all_grads[chosen % members])
+        self.params, self.state = optree.tree_map(lambda x: x[chosen % members].clone(), (params, state))
+        self.form_now = described((self.params, self.state))
+
+    @rule(to_safetensors=st.booleans())
+    def save_and_load(self, to_safetensors: bool) -> None:
+        before = [bits(x) for x in tensors_of(self.state)]
+        flat = state_to_dict(self.state)
+        if to_safetensors:
+            flat = safetensors.torch.load(safetensors.torch.save(flat))
+        else:
+            file = io.BytesIO()
+            torch.save(flat, file)
+            file.seek(0)
+            flat = torch.load(file, weights_only=True)
+        self.state = state_from_dict(flat, self.params, self.hparams)
+        assert all(map(torch.equal, before, map(bits, tensors_of(self.state))))
+
+    @precondition(lambda self: not self.has_masters)
+    @rule(seed=seeds, count=st.integers(0, 2), foreach=st.booleans())
+    def visit_torch(self, seed: int, count: int, foreach: bool) -> None:
+        """The run goes on in torch.optim, and comes back."""
+        leaves = [x.detach().clone().requires_grad_() for x in optree.tree_leaves(self.params)]
+        groups: dict[str, list[int]] = {}
+        for i in self.form.inserted:
+            groups.setdefault(repr(self.numbers[i]), []).append(i)
+        named = [{"params": [(self.form.names[i], leaves[i]) for i in group]} for group in groups.values()]
+        kind = torch.optim.AdamW if self.flags["decoupled_weight_decay"] else torch.optim.Adam
+        # torch.optim takes no other tensors, and this one by the single kernel only.
+        count = 0 if tensors_of((self.hparams.eps, self.hparams.weight_decay)) else count
+        foreach = foreach and not tensors_of(self.hparams.lr)
+        optimizer = kind(named, foreach=foreach)
+        state_dict = to_torch_state_dict(self.params, self.state, self.hparams)
+        for group in state_dict["param_groups"]:
+            group["foreach"] = foreach
+        optimizer.load_state_dict(state_dict)
+        for i in range(count):
+            grads = self.gradients(seed + i, "contiguous")
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf.grad = grad
+            optimizer.step()
+            self.expect(grads)
+        self.params = self.spec.unflatten([x.detach() for x in leaves])
+        self.state, self.hparams = from_torch_state_dict(self.params, optimizer.state_dict())
+        self.form_now = described((self.params, self.state))
+
+    @rule(
+        name=st.sampled_from(("lr", "eps", "weight_decay")),
+        values=st.tuples(*[st.integers(0, 3)] * 2),
+        how=st.integers(0, 2),
+    )
+    def change_number(self, name: str, values: tuple[int, int], how: int) -> None:
+        choices = {"lr": (0.01, 0.0, 0.1, 1e-3), "eps": (1e-8, 1e-3, 1e-6, 0.1), "weight_decay": (0.0, 0.1, 0.5, 0.01)}
+        one, two = (choices[name][i] for i in values)
+        ours: Any = one
+        if how == 1:
+            ours = torch.tensor(one, dtype=torch.float64)
+        theirs = [one] * self.form.count
+        if how == 2 and self.form.count > 1:
+            ours = self.form.prefix(one, two)
+            theirs = optree.tree_leaves(optree.tree_broadcast_prefix(ours, self.params))
+        self.set_hparams(**{name: (ours, theirs)})
+
+    @rule(betas=st.sampled_from(((0.9, 0.999), (0.0, 0.0), (0.5, 0.9), (0.9, 0.0))))
+    def change_betas(self, betas: tuple[float, float]) -> None:
+        self.set_hparams(betas=(betas, [betas] * self.form.count))
+
+    @rule(kernel=KERNELS, seed=seeds, layout=layouts())
+    def step_under_autograd(self, kernel: str, seed: int, layout: str) -> None:
+        grads = self.gradients(seed, layout)
+        watched = optree.tree_map(lambda x: x.detach().clone().requires_grad_(), (self.params, self.state[1:]))
+        state = AdamState(self.state.step, *watched[1])
+        params, state = adam_update(watched[0], self.spec.unflatten(grads), state, self.hparams, kernel=kernel)
+        torch.stack([x.abs().sum().double() for x in tensors_of(params)]).sum().backward()
+        given = tensors_of(watched[1][:1] if self.has_masters else watched)
+        assert all(x.grad is not None and x.grad.isfinite().all() for x in given[: self.form.count])
+        self.params, self.state = optree.tree_map(torch.detach, (params, state))
+        self.expect(grads)
+
+    @rule(kernel=KERNELS, seed=seeds, rate=st.sampled_from((0.01, 0.1)), forward=st.booleans())
+    def step_with_slope(self, kernel: str, seed: int, rate: float, forward: bool) -> None:
+        """An update is linear in lr, so that its derivative is the change of the parameter, divided by lr."""
+        grads = self.gradients(seed, "contiguous")
+        self.set_hparams(lr=(rate, [rate] * self.form.count))
+
+        def update(lr: Tensor) -> tuple[Any, Any]:
+            tree: Any = self.spec.unflatten(grads)
+            new = adam_update(self.params, tree, self.state, replace(self.hparams, lr=lr), kernel=kernel)
+            return new[1].master_params if self.has_masters else new[0], new
+
+        lr, old = torch.tensor(rate, dtype=torch.float64), self.leaves
+        if forward:
+            _, slopes, new = torch.func.jvp(update, (lr,), (torch.ones_like(lr),), has_aux=True)
+            slopes = optree.tree_leaves(slopes)
+        else:
+
+            def total(lr: Tensor) -> tuple[Tensor, Any]:
+                exact, new = update(lr)
+                return _total(exact), new
+
+            slope, new = torch.func.grad(total, has_aux=True)(lr)
+            slopes = None
+        self.params, self.state = new
+        self.expect(grads)
+        expected = [(new.param - old.param) / rate for new, old in zip(self.leaves, old, strict=True)]
+        if slopes is None:
+            slopes, expected = [slope], [_total(expected)]
+        for slope, value in zip(slopes, expected, strict=True):
+            self.assert_close(slope, value, 1 / rate)
+
+    @rule(seed=seeds, donate=st.booleans())
+    def fail(self, seed: int, donate: bool) -> None:
+        """A call that raises has changed nothing."""
+        grads = self.gradients(seed, "contiguous")
+        grads[-1] = torch.ones(7)
+        kept = keep((self.params, self.state, grads))
+        with pytest.raises(ValueError, match="Gradients must match params"):
+            adam_update(self.params, self.spec.unflatten(grads), self.state, self.hparams, donate=donate)
+        assert_kept(kept)
+
+    # What holds after each rule.
+
+    @invariant()
+    def agrees_with_the_oracle(self) -> None:
+        steps = optree.tree_leaves(self.state.step)
+        steps = steps * self.form.count if self.is_step_shared else steps
+        assert [x.item() for x in steps] == [leaf.step for leaf in self.leaves]
+        exact = self.state.master_params if self.has_masters else self.params
+        assert self.state.max_exp_avg_sq != () or not self.flags["amsgrad"]
+        trees = {"param": exact, **{name: getattr(self.state, name) for name in COLUMNS}}
+        for name, tree in trees.items():
+            if name == "max_exp_avg_sq" and not self.flags["amsgrad"]:
+                assert tree == ()
+                continue
+            for actual, leaf in zip(optree.tree_leaves(tree), self.leaves, strict=True):
+                self.assert_close(actual, getattr(leaf, name))
+        if self.has_masters:
+            for param, master in zip(*map(optree.tree_leaves, (self.params, exact)), strict=True):
+                assert torch.equal(param, master.to(torch.bfloat16))
+
+    @invariant()
+    def keeps_its_form(self) -> None:
+        assert described((self.params, self.state)) == self.form_now
+
+    @invariant()
+    def leaves_the_past_alone(self) -> None:
+        assert_kept(self.kept)
+
+    def assert_close(self, actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+        # Each update adds no more than its own error: the moments forget, the parameters sum up.
+        rtol, atol = TOLERANCES[torch.float32 if self.has_masters else self.dtype.to_real()]
+        count = factor * (1 + max(leaf.step for leaf in self.leaves))
+        wide = expected.dtype
+        torch.testing.assert_close(actual.detach().to(wide), expected, rtol=rtol * count, atol=atol * count)
+
+
+def _total(tree: Any) -> Tensor:
+    """The sum over all parts of all leaves, in float64."""
+    # torch (2.13) has no derivative of view_as_real for an empty tensor and an expanded gradient.
+    leaves = [torch.view_as_real(x) if x.is_complex() else x for x in optree.tree_leaves(tree) if x.numel()]
+    return sum((x.double().sum() for x in leaves), torch.zeros((), dtype=torch.float64))
+
+
+TestPrograms = Program.TestCase
+TestPrograms.settings = settings(
+    PROPERTY, max_examples=1500 if IS_LONG else 50, stateful_step_count=50 if IS_LONG else 40
+)
+
+
+def test_memory_stays_flat() -> None:
+    assert not grown([*soak(2000, 4)])
+
+
+def test_a_leak_of_one_object_a_step_is_seen() -> None:
+    kept: list[Tensor] = []
+    assert "objects" in grown([*soak(2000, 4, lambda: kept.append(torch.zeros(())))])
+
+
+def test_a_soak_runs_without_asserts_and_docstrings() -> None:
+    """It raises by itself if a wrong call goes through."""
+    command = [sys.executable, "-OO", "-W", "error", "-m", "tests.soak", "--steps", "2000", "--samples", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing has grown." in done.stdout

@@ -1,0 +1,259 @@
+"""Threads that update at once compute what they compute one after the other."""
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functional_adam import (
+    AdamHparams,
+    _FunctionalAdam,
+    adam_init,
+    adam_update,
+    recycling,
+    state_from_dict,
+    state_to_dict,
+)
+
+TIMEOUT = 120.0  # seconds, where a fault would wait for ever
+THREADS = 4
+HPARAMS = AdamHparams(lr=0.1, weight_decay=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _eager_switches() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+    recycling.set_cache_limit(None)
+    recycling.empty_cache()
+
+
+def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The results of `calls`, each in a thread of its own, all begun at once."""
+    results: list[Any] = [None] * len(calls)
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(calls), timeout=TIMEOUT)
+
+    def run(place: int) -> None:
+        try:
+            barrier.wait()
+            results[place] = calls[place]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert not any(thread.is_alive() for thread in threads)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tree(seed: int, *, size: int = 3) -> dict[str, Any]:
+    return {"w": randn(size, 4, seed=seed), "b": [randn(size, seed=seed + 1), randn(seed=seed + 2)]}
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return all(itertools.starmap(torch.equal, zip(*map(optree.tree_leaves, (a, b)), strict=True)))
+
+
+# Programs: each gives the same result for the same seed.
+
+
+def pure(seed: int, *, size: int = 3, count: int = 40, **options: Any) -> Any:
+    params = tree(seed, size=size)
+    state = adam_init(params, HPARAMS, per_leaf_step=bool(seed % 2))
+    for i in range(count):
+        params, state = adam_update(params, tree(seed + i, size=size), state, HPARAMS, **options)
+    return params, state
+
+
+def donated(seed: int) -> Any:
+    return pure(seed, donate=True)
+
+
+def by_single(seed: int) -> Any:
+    return pure(seed, kernel="single")
+
+
+def large(seed: int) -> Any:
+    return pure(seed, size=2**15 + 1, count=8)
+
+
+def of_many_shapes(seed: int) -> Any:
+    # More kinds of tensors than are remembered, in another order in each thread.
+    return [pure(seed, size=1 + (seed + i) % 12, count=3) for i in range(12)]
+
+
+def skipped(seed: int) -> Any:
+    params, state = pure(seed, count=3)
+    for found_inf in (1.0, torch.tensor(2.0), 0.0, torch.tensor(0.0)) * 4:
+        params, state = adam_update(params, tree(seed), state, HPARAMS, found_inf=found_inf, grad_scale=2.0)
+    return params, state
+
+
+def refused(seed: int) -> Any:
+    params, state = pure(seed, count=3)
+    for _ in range(20):
+        with pytest.raises(ValueError, match="must match params"):
+            adam_update(params, tree(seed, size=2), state, HPARAMS, donate=True)
+    return params, state
+
+
+def stacked(seed: int) -> Any:
+    def program(params: Any, grads: Any) -> Any:
+        return adam_update(params, grads, adam_init(params, HPARAMS), HPARAMS)
+
+    params, grads = (optree.tree_map(lambda x: torch.stack([x, 2 * x]), tree(seed + i)) for i in range(2))
+    return [torch.func.vmap(program)(params, grads) for _ in range(5)]
+
+
+def derived(seed: int) -> Any:
+    params = tree(seed)
+
+    def total(lr: Tensor) -> Tensor:
+        new, _ = adam_update(params, params, adam_init(params, HPARAMS), AdamHparams(lr=lr))
+        return new["w"].sum() + new["b"][0].sum()
+
+    rate = torch.tensor(0.1)
+    watched = rate.clone().requires_grad_()
+    for _ in range(3):
+        total(watched).backward()
+    # No forward mode: torch (2.13) has one dual level for the whole process, and threads that open it at once raise.
+    return [torch.func.grad(total)(rate), torch.func.jacrev(torch.func.grad(total))(rate), watched.grad]
+
+
+def by_adapter(seed: int) -> Any:
+    params = optree.tree_leaves(tree(seed))
+    optimizer = _FunctionalAdam(params, lr=0.1, fused=True)
+    for i in range(20):
+        optimizer.step(optree.tree_leaves(tree(seed + i)))
+    return params
+
+
+def saved(seed: int) -> Any:
+    params, state = pure(seed, count=3)
+    for _ in range(5):
+        state = state_from_dict(state_to_dict(state), params, HPARAMS)
+        params, state = adam_update(params, params, state, HPARAMS)
+    return params, state
+
+
+PROGRAMS = (pure, donated, by_single, large, of_many_shapes, skipped, refused, stacked, derived, by_adapter, saved)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_threads_of_one_kind_compute_what_they_compute_in_turn(program: Callable[[int], Any]) -> None:
+    expected = [program(seed) for seed in range(THREADS)]
+    found = together([lambda seed=seed: program(seed) for seed in range(THREADS)])
+    assert all(map(same_bits, found, expected))
+
+
+def test_threads_of_all_kinds_compute_what_they_compute_in_turn() -> None:
+    expected = [program(7) for program in PROGRAMS]
+    found = together([lambda program=program: program(7) for program in PROGRAMS])
+    assert all(map(same_bits, found, expected))
+
+
+@pytest.mark.parametrize("size", [3, 2**15 + 1])
+def test_threads_may_share_what_they_do_not_donate(size: int) -> None:
+    params, grads = tree(1, size=size), tree(2, size=size)
+    state = adam_init(params, HPARAMS)
+    given = optree.tree_leaves((params, grads, state))
+    versions, values = [x._version for x in given], [x.clone() for x in given]
+    expected = adam_update(params, grads, state, HPARAMS)
+
+    def program() -> Any:
+        return [adam_update(params, grads, state, HPARAMS) for _ in range(10)]
+
+    for found in together([program] * THREADS):
+        assert all(same_bits(new, expected) for new in found)
+    assert [x._version for x in given] == versions
+    assert same_bits(given, values)
+
+
+def test_threads_may_differentiate_shared_tensors() -> None:
+    params = optree.tree_map(Tensor.requires_grad_, tree(1))
+    grads, state = tree(2), adam_init(params, HPARAMS)
+
+    def program() -> Any:
+        new, _ = adam_update(params, grads, state, HPARAMS)
+        return torch.autograd.grad(new["w"].square().sum(), params["w"])
+
+    expected = program()
+    for found in together([lambda: [program() for _ in range(5)]] * THREADS):
+        assert all(same_bits(slope, expected) for slope in found)
+
+
+def test_a_thread_in_forward_mode_changes_nothing_that_others_compute() -> None:
+    programs = (pure, by_single, large, skipped, stacked)
+    expected = [program(3) for program in programs]
+    with forward_ad.dual_level():
+        found = together([lambda program=program: program(3) for program in programs])
+    assert all(map(same_bits, found, expected))
+
+
+def test_of_threads_that_donate_one_state_in_turn_only_one_is_served() -> None:
+    params = tree(1)
+    state = adam_init(params, HPARAMS)
+    lock = threading.Lock()
+
+    def program() -> bool:
+        with lock:
+            try:
+                adam_update(params, tree(2), state, HPARAMS, donate=True)
+            except RuntimeError as error:
+                return "donated" not in str(error)
+            return True
+
+    assert sorted(together([program] * THREADS)) == [False] * (THREADS - 1) + [True]
+
+
+def test_the_cache_may_be_limited_and_emptied_while_others_update() -> None:
+    expected = [large(seed) for seed in range(2)]
+    is_done = threading.Event()
+
+    def meddle() -> None:
+        for limit in itertools.cycle((0, None, 2**18, 2**30)):
+            recycling.set_cache_limit(limit)
+            recycling.empty_cache()
+            if is_done.wait(1e-4):
+                return
+
+    def updates() -> Any:
+        try:
+            return [[large(seed) for seed in range(2)] for _ in range(3)]
+        finally:
+            is_done.set()
+
+    *found, _ = together([updates, updates, meddle])
+    assert all(same_bits(results, expected) for each in found for results in each)
+    recycling.set_cache_limit(None)
+    recycling.empty_cache()
+    assert recycling.cached_bytes() == 0
+
+
+def test_the_cache_keeps_no_more_than_its_limit_whoever_gives_back() -> None:
+    limit = 2**20
+    recycling.set_cache_limit(limit)
+    together([lambda seed=seed: large(seed) and None for seed in range(THREADS)])
+    assert 0 <= recycling.cached_bytes() <= limit
+    recycling.empty_cache()
+    assert recycling.cached_bytes() == 0
