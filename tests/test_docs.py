@@ -149,12 +149,18 @@ def test_public_docstrings_have_an_example(name: str):
 
 @each_page(PAGES)
 @pytest.mark.usefixtures("torn_down")
-def test_python_blocks_run(page: Path):
+def test_python_blocks_run_and_print_what_follows(page: Path, capsys: pytest.CaptureFixture[str]):
     namespace: dict[str, object] = {}
     torch.manual_seed(0)
+    printed = ""
     for language, text in blocks_of(page):
-        if language == "python":
+        if printed:
+            assert (language, text) == ("text", printed)
+            printed = ""
+        elif language == "python":
             exec(compile(text, str(page), "exec"), namespace)
+            printed = capsys.readouterr().out
+    assert not printed
 
 
 @each_page(TEXTS)
