@@ -187,14 +187,16 @@ def _copies(given: Arguments, way: Way, moving: list[int], *, donate: bool) -> _
         grad: Any = given.grads[index]
         dtype, is_guarded = compute_dtype(*given_row), isinstance(way.found_inf, Tensor)
         plan = Plan(way.kernel, dtype, is_scaled=way.grad_scale is not None, is_guarded=is_guarded)
+        # Where somebody watches, gradients are zeroed and results chosen outside of the kernel.
+        chosen = "is chosen by found_inf, whose value is not read" if way.watched_by and is_guarded else None
         # Without donation the kernel gets copies already, which are dense.
         row = [_local(x, is_copy=not donate) for x in given_row]
         for root, x in zip(BUFFER_NAMES, row, strict=False):
-            why = plan.why_copied(x, row[0], is_grad=False)
+            why = chosen or plan.why_copied(x, row[0], is_grad=False)
             if why:
                 yield _owner(given, root, index), index, x.numel() * dtype.itemsize, why
         if placement_change(grad, given_row[0]) is None:
-            why = plan.why_copied(_local(grad), row[0], is_grad=True)
+            why = chosen or plan.why_copied(_local(grad), row[0], is_grad=True)
         else:
             why = "is redistributed to the placements of its parameter"
         if why:

@@ -262,6 +262,13 @@ def test_autograd_is_named_and_donation_refused_alike() -> None:
         explain(params, params, state, HPARAMS, donate=True)
 
 
+def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
+    params = randn(3).requires_grad_()
+    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS, found_inf=torch.tensor(0.0)).copies
+    chosen = [path for x in copies if "is chosen by found_inf" in x.why for path in x.tensors]
+    assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
+
+
 X = torch.ones(3)
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "shape": ((X, torch.ones(4), adam_init(X, HPARAMS), HPARAMS), {}),
