@@ -154,7 +154,9 @@ def read_step(value: Any, where: str) -> Tensor:
     """`value` as a float32 tensor, if it counts something."""
     if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
         raise TypeError(f"{where} is of type {type(value).__name__}, expected a number or a tensor.")
-    step = value.detach() if isinstance(value, Tensor) else torch.tensor(to_float(value, where), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        value = torch.tensor(to_float(value, where), dtype=torch.float64, device="cpu")
+    step = value.detach()
     if step.is_complex() or step.dtype is torch.bool:
         raise TypeError(f"{where} is of {step.dtype}, expected a real number or tensor.")
     fault = number_fault(step)
@@ -170,10 +172,11 @@ def read_step(value: Any, where: str) -> Tensor:
 def _step_like(place: Tensor, value: Any, where: str, moments: Sequence[Tensor]) -> Tensor:
     """A copy of `value` on the device of `place`; it is stacked only if the `moments` that it counts for are."""
     step = read_step(value, where)
-    if any(moment.shape[: step.dim()] != step.shape for moment in moments) or (step.dim() and not moments):
+    is_prefix = all(moment.shape[: step.dim()] == step.shape for moment in moments)
+    if not is_prefix or not step.numel() or (step.dim() and not moments):
         raise ValueError(f"{where} has shape {tuple(step.shape)}, expected () or the leading dimensions of params.")
     # Members that agree share one number, as after vmap(adam_init): one kernel call then serves them all.
-    agree = step.numel() > 0 and bool((step == step.flatten()[0]).all())
+    agree = bool((step == step.flatten()[0]).all())
     return (step.flatten()[0] if agree else step).to(place.device, copy=True).expand(step.shape)
 
 

@@ -144,9 +144,12 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
 
 
 def check_numbers(batch: Batch) -> None:
-    """Raise ValueError where Python's arithmetic would fail in the middle of an update, and a tensor's would not."""
-    for name, beta in (("betas[0]", batch.scalars.beta1), ("betas[1]", batch.scalars.beta2)):
-        if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
+    """Raise ValueError where Python's arithmetic would fail in the middle of an update; that of tensors does not."""
+    h = batch.scalars
+    if any(isinstance(x, Tensor) for x in h):
+        return
+    for name, beta in (("betas[0]", h.beta1), ("betas[1]", h.beta2)):
+        if not 0.0 <= beta < 1.0:
             raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
     for step in {id(step): step for step in batch.steps}.values():
         if step.device.type == "cpu" and type(step) is Tensor and not step.item() >= 1:

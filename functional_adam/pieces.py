@@ -56,7 +56,8 @@ def join(piece: Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, An
 def split(piece: Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
     """Append the parts of `value` to those of their leaves."""
     if value is not None:
-        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop - start for _, start, stop in piece])
+        # Joined leaves are whole.
+        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop for _, _, stop in piece])
         for (index, _, _), part in zip(piece, parts, strict=True):
             column[index].append(part)
 

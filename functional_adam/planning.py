@@ -146,7 +146,7 @@ def run_kernel(
                     grad.div_(scale)
             (run_single if kernel == "single" else run_foreach)(batch)
         for buffer, copy in copies:
-            buffer.copy_(copy if found is None or kernel == "fused" else torch.where(found, buffer, copy))
+            buffer.copy_(copy if found is None else torch.where(found, buffer, copy))
 
 
 def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:
@@ -164,7 +164,7 @@ def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:
     def ready(x: Tensor, param: Tensor, *, is_grad: bool = False) -> Tensor:
         if plan.why_copied(x, param, is_grad=is_grad) is None:
             return as_real(x)
-        copy = empty_like(param if plan.kernel == "fused" else x, plan.dtype).copy_(x)
+        copy = empty_like(param, plan.dtype).copy_(x)
         if not is_grad:
             copies.append((x, copy))
         return as_real(copy)

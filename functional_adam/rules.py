@@ -72,7 +72,7 @@ class _Update(torch.autograd.Function):
         # Backward reads parameters only through a weight decay.
         _, reached = _wanted(ctx)
         is_coupled = not spec.decoupled_weight_decay and (isinstance(numbers[4], Tensor) or numbers[4] != 0)
-        reads_params = is_coupled or not reached.isdisjoint(("decay", "weight_decay"))
+        reads_params = is_coupled or "decay" in reached
         tensors = [x if isinstance(x, Tensor) else None for x in flat]
         ctx.save_for_forward(*tensors)
         ctx.save_for_backward(*(x if i >= spec.count or reads_params else None for i, x in enumerate(tensors)))
@@ -182,7 +182,7 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
         outgoing[0] = [[cotangent] for cotangent in incoming[0]]
     for piece in cut_into_pieces(grads, is_step_shared=len(local) == 1):
         index, start, stop = piece[0]
-        is_cut = len(piece) == 1 and stop - start < grads[index].numel()
+        is_cut = stop - start < grads[index].numel()
         if is_cut and start == 0:
             # What a large leaf is cut into is written to its place at once.
             wide = torch.promote_types(grads[index].dtype, torch.float32)

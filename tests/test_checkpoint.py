@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "nan_step": (one_leaf(step=float("nan")), ValueError, r"expected a whole number"),
     "step_of_no_kind": (one_leaf(step="1"), TypeError, r"\['step'\] is of type str, expected a number"),
     "flag_step": (one_leaf(step=True), TypeError, r"\['step'\] is of type bool, expected a number"),
+    "step_of_nothing": (one_leaf(step=torch.zeros(0)), ValueError, r"\['step'\] has shape \(0,\), expected \(\)"),
     "bool_step": (one_leaf(step=torch.tensor(True)), TypeError, r"\['step'\] is of torch\.bool, expected a real"),
     "complex_step": (one_leaf(step=torch.tensor(1j)), TypeError, r"\['step'\] is of torch\.complex64, expected a real"),
     "one_beta": (with_group(betas=(0.9,)), ValueError, r"\[0\]\['betas'\] is \(0\.9,\), expected a pair of numbers"),
@@ -561,6 +563,100 @@ BAD_FLAT: dict[str, tuple[Any, type[Exception], str]] = {
 def test_a_damaged_flat_dict_is_a_clear_error(flat: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         state_from_dict(flat, {"w": torch.ones(2)}, AdamHparams())
+
+
+SENTENCES: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
+    "no_format": (
+        without(FLAT, "format"),
+        ValueError,
+        "flat has no number under 'format'. Expected a dict that state_to_dict has made.",
+    ),
+    "later_format": (
+        {**FLAT, "format": torch.tensor(2)},
+        ValueError,
+        "flat is of format 2, but this version reads format 1. Load it with the version that wrote it, or a later one.",
+    ),
+    "shape": (
+        {**FLAT, "exp_avg['w']": torch.ones(1)},
+        ValueError,
+        "flat[\"exp_avg['w']\"] has shape (1,), but params['w'] has (2,). "
+        "Give the params that the state was made with, in the same order.",
+    ),
+    "complex": (
+        {**FLAT, "exp_avg['w']": torch.ones(2, dtype=torch.complex64)},
+        TypeError,
+        "flat[\"exp_avg['w']\"] is a tensor of torch.complex64 and torch.strided, "
+        "expected a dense real floating one as params['w'] is.",
+    ),
+    "complex_step": (
+        {**FLAT, "step": torch.tensor(1 + 0j)},
+        TypeError,
+        "flat['step'] is of torch.complex64, expected a real number or tensor.",
+    ),
+    "flag_step": (
+        {**FLAT, "step": torch.tensor(True)},
+        TypeError,
+        "flat['step'] is of torch.bool, expected a real number or tensor.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flat", "error", "message"), SENTENCES.values(), ids=SENTENCES)
+def test_a_fault_of_a_flat_dict_is_said_in_a_sentence(
+    flat: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        state_from_dict(flat, {"w": torch.ones(2)}, AdamHparams())
+
+
+def test_a_real_moment_of_a_complex_parameter_is_named() -> None:
+    expected = r"exp_avg\['w'\]\\*\"\] is a tensor of torch.float32 .* a dense complex one as params\['w'\] is\.$"
+    with pytest.raises(TypeError, match=expected):
+        state_from_dict(FLAT, {"w": torch.ones(2, dtype=torch.complex64)}, AdamHparams())
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (4, ""), (5, " and 1 more"), (7, " and 3 more")])
+def test_the_first_few_keys_that_a_flat_dict_lacks_and_adds_are_listed(count: int, more: str) -> None:
+    params, hparams = [torch.ones(2)] * count, AdamHparams()
+    flat = state_to_dict(adam_init(params, hparams))
+    renamed = {key.replace("exp_avg[", "mean["): x for key, x in flat.items()}
+    lacked, added = (", ".join(f"'{name}[{i}]'" for i in range(min(count, 4))) for name in ("exp_avg", "mean"))
+    expected = (
+        f"flat lacks {lacked}{more} and has the extra {added}{more}. "
+        "Give the params that the state was made with, and hparams with its amsgrad."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        state_from_dict(renamed, params, hparams)
+
+
+def test_a_stack_of_one_member_comes_back() -> None:
+    params, hparams = {"w": leaf(0, (1, 2))}, AdamHparams()
+    states = vmap(lambda p: adam_init(p, hparams))(params)
+    found = state_from_dict(state_to_dict(states), params, hparams)
+    assert_equal(found, states)
+    assert found.step.stride() == states.step.stride()
+
+
+def test_leaves_may_be_stacked_apart() -> None:
+    params, hparams = {"w": leaf(0, (3, 2)), "b": leaf(1, ())}, AdamHparams()
+    state = random_state(params, hparams, 2, per_leaf_step=True)
+    state = state._replace(step={"w": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor(4.0)})
+    assert_equal(state_from_dict(state_to_dict(state), params, hparams), state)
+
+
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_a_state_goes_where_its_parameters_are(per_leaf_step: bool) -> None:
+    hparams = AdamHparams(amsgrad=True)
+    flat = state_to_dict(random_state({"w": leaf(0)}, hparams, 1, per_leaf_step=per_leaf_step))
+    found = state_from_dict(flat, {"w": leaf(0).to("meta")}, hparams)
+    assert {x.device.type for x in optree.tree_leaves(found)} == {"meta"}
+
+
+def test_a_flat_dict_is_where_its_state_is_whatever_the_default_device() -> None:
+    state = adam_init({"w": leaf(0)}, AdamHparams())
+    with torch.device("meta"):
+        flat = state_to_dict(state)
+    assert {x.device.type for x in flat.values()} == {"cpu"}
 
 
 def test_amsgrad_must_be_what_it_was() -> None:

@@ -27,7 +27,7 @@ RESULTS = [f"functional_adam.explanation.{name}" for name in ("Explanation", "Le
 
 COMMANDS = {"console", "bash", "indented"}
 DIRECTIVES = {"{include}", "{toctree}", "{eval-rst}"}
-TOOLS = {"basedpyright", "coverage", "mypy", "ruff"}
+TOOLS = {"basedpyright", "coverage", "mutmut", "mypy", "ruff"}
 FOREIGN_MODULES = {"pip", "pytest", "sphinx"}
 
 

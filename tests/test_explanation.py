@@ -269,6 +269,20 @@ def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
     assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
 
 
+def test_a_traced_donation_is_copied_into_the_memory_given() -> None:
+    found: list[Any] = []
+
+    def step(param: Tensor, gradient: Tensor) -> Tensor:
+        state = adam_init(param, HPARAMS)
+        found.append(explain(param, gradient, state, HPARAMS, donate=True))
+        return adam_update(param, gradient, state, HPARAMS, donate=True)[0]
+
+    make_fx(step)(randn(3), randn(3))
+    whys = [(x.tensors, x.why.partition(":")[0]) for x in found[0].copies]
+    why = "is computed apart, then copied into donated memory"
+    assert whys == [(["params"], why), (["state.exp_avg"], why), (["state.exp_avg_sq"], why)]
+
+
 X = torch.ones(3)
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "shape": ((X, torch.ones(4), adam_init(X, HPARAMS), HPARAMS), {}),

@@ -1,14 +1,20 @@
 """Each kernel gives the numbers of `torch.optim.Adam` with the same flags, to the last bit for real leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import functional_adam.kernels
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from tests.oracles import KERNELS, TorchRun, torch_adam
+from functional_adam.equations import Scalars
+from functional_adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
+from functional_adam.leaves import Buffers
+from tests.oracles import KERNELS, TorchRun, numpy_adam, torch_adam
 from tests.strategies import in_layout, random_tensor
 from tests.tolerances import assert_close, assert_equal
 
@@ -195,6 +201,110 @@ def test_fused_grad_scale_has_the_bits_of_torch(
     gradients = make_gradients(params)
     expected = torch_adam(params, gradients, options, "fused", grad_scale=torch.tensor(scale))
     check(*run(params, gradients, options, kernel="fused", donate=donate, grad_scale=scale), expected)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module", "name"),
+    [
+        ("foreach", torch, "_foreach_addcdiv_"),
+        ("fused", functional_adam.kernels, "_fused_adam_"),
+        ("fused", functional_adam.kernels, "_fused_adamw_"),
+    ],
+)
+def test_a_kernel_that_this_torch_lacks_is_missed_by_itself_alone(
+    kernel: str, module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [missing_operation(other) for other in KERNELS] == [None] * 3
+    if module is torch:
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, None)
+    expected = {"foreach": "torch._foreach_addcdiv_", "fused": "torch._fused_adam_"}[kernel]
+    assert {other: missing_operation(other) for other in KERNELS} == {**dict.fromkeys(KERNELS), kernel: expected}
+
+
+# Scalars that a kernel cannot read as numbers, which is how they come on an accelerator.
+
+UNREAD = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "all")
+
+
+class Unread(Tensor):
+    """A tensor whose value may be anywhere: it is not asked for it."""
+
+    def item(self) -> Any:
+        raise AssertionError("read")
+
+
+@pytest.mark.parametrize("run_kernel", [run_single, run_foreach])
+@pytest.mark.parametrize("unread", UNREAD)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scalars_that_stay_tensors_give_the_same_update(
+    run_kernel: Callable[[Batch], None],
+    unread: str,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+    dtype: torch.dtype,
+) -> None:
+    numbers: dict[str, Any] = {"lr": 0.25, "beta1": 0.75, "beta2": 0.875, "eps": 0.125, "weight_decay": 0.5}
+    flags = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled}
+    given = {key: torch.tensor(x) if unread in (key, "all") else x for key, x in numbers.items()}
+    columns = [
+        [random_tensor(shape, dtype, 10 * seed + i, positive=seed > 2) for i, shape in enumerate(((3, 5), (7,)))]
+        for seed in (1, 2, 3, 4, 5)
+    ]
+    betas = (numbers.pop("beta1"), numbers.pop("beta2"))
+    expected = [
+        numpy_adam(p, g, m, v, u if amsgrad else None, step, betas=betas, **numbers, **flags)
+        for p, m, v, u, g, step in zip(*columns, (3, 5), strict=True)
+    ]
+    *buffers, grads = columns
+    maxima = buffers.pop()
+    steps = [torch.tensor(step) for step in (4.0, 6.0)]
+    steps = [step.as_subclass(Unread) for step in steps] if unread in ("step", "all") else steps
+    batch = Batch(Buffers(*buffers, maxima if amsgrad else []), grads, steps, Scalars(**given, **flags))
+    run_kernel(batch)
+    for row, wanted in zip(batch.buffers.rows(), expected, strict=True):
+        assert_close(row, wanted[:4])
+
+
+def test_the_fused_kernel_is_given_a_number_as_scale_in_float32_where_the_leaves_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Tensor] = []
+    monkeypatch.setattr(functional_adam.kernels, "_fused_adam_", lambda *_, grad_scale, **__: given.append(grad_scale))
+    columns = [[torch.ones(2, device="meta")] for _ in range(4)]
+    scalars = Scalars(0.1, 0.9, 0.999, 1e-8, 0.0, amsgrad=False, maximize=False, decoupled_weight_decay=False)
+    run_fused(Batch(Buffers(*columns[:3], []), columns[3], [torch.ones((), device="meta")], scalars), 2.0, None)
+    assert [(x.device.type, x.dtype, x.shape) for x in given] == [("meta", torch.float32, ())]
+
+
+class ForeachDtypes(TorchDispatchMode):
+    """The dtypes of all tensors that reach a `_foreach_*` operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_foreach_" in func.name():
+            self.found |= {x.dtype for x in optree.tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_foreach_operation_is_of_one_dtype(decoupled: bool, dtype: torch.dtype) -> None:
+    columns = [[random_tensor((3,), dtype, seed, positive=True)] for seed in (1, 2, 3, 4, 5)]
+    numbers = [torch.tensor(x) for x in (0.25, 0.75, 0.875, 0.125, 0.5)]
+    scalars = Scalars(*numbers, amsgrad=True, maximize=True, decoupled_weight_decay=decoupled)
+    dtypes = ForeachDtypes()
+    with dtypes:
+        run_foreach(Batch(Buffers(*columns[:4]), columns[4], [torch.tensor(3.0)], scalars))
+    assert dtypes.found == {dtype}
 
 
 @pytest.mark.cuda

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam.equations import Scalars
+from functional_adam.leaves import Buffers
+from functional_adam.planning import Plan, group_leaves
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import (
     LAYOUTS,
@@ -370,3 +373,72 @@ def test_moments_of_another_dtype_are_computed_in_the_wider(
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         assert_equal(getattr(state, name), [x.to(of_moments) for x in getattr(expected, name)])
     assert state.step.item() == 1
+
+
+PARAM = torch.ones(4, 6)
+REASONS: dict[str, tuple[Plan, Tensor, Tensor, bool, str | None]] = {  # plan, tensor, its parameter, is it a gradient
+    "as it is": (Plan("fused", torch.float32, True, True), PARAM, PARAM, False, None),
+    "a like moment": (Plan("fused", torch.float32, False, True), torch.ones(4, 6), PARAM, False, None),
+    "a gradient": (Plan("fused", torch.float32, False, True), torch.ones(4, 6), PARAM, True, None),
+    "any layout": (Plan("single", torch.float32, False, False), torch.ones(6, 4).T, PARAM, False, None),
+    "dtype": (
+        Plan("single", torch.float64, False, False),
+        PARAM,
+        PARAM,
+        False,
+        "is of torch.float32 and computed in torch.float64",
+    ),
+    "conjugation": (
+        Plan("single", torch.complex64, False, False),
+        torch.ones(2, dtype=torch.complex64).conj(),
+        torch.ones(2, dtype=torch.complex64),
+        False,
+        "has a lazy conjugation or negation",
+    ),
+    "negation": (
+        Plan("foreach", torch.float32, False, False),
+        torch.ones(2, dtype=torch.complex64).conj().imag,
+        torch.ones(2),
+        True,
+        "has a lazy conjugation or negation",
+    ),
+    "sparse parameter": (Plan("fused", torch.float32, False, False), *[PARAM[:, ::2]] * 2, False, "is not dense"),
+    "other layout": (
+        Plan("fused", torch.float32, False, False),
+        torch.ones(6, 4).T,
+        PARAM,
+        False,
+        "is not laid out like its parameter",
+    ),
+    "scaled": (Plan("fused", torch.float32, True, False), PARAM.clone(), PARAM, True, "is divided by grad_scale"),
+    "guarded": (
+        Plan("foreach", torch.float32, False, True),
+        PARAM,
+        PARAM,
+        False,
+        "is chosen by found_inf, whose value is not read",
+    ),
+    "guarded gradient": (Plan("single", torch.float32, False, True), PARAM.clone(), PARAM, True, None),
+}
+
+
+@pytest.mark.parametrize(("plan", "x", "param", "is_grad", "reason"), REASONS.values(), ids=REASONS)
+def test_what_a_kernel_cannot_take_as_it_is_is_copied_for_a_reason(
+    plan: Plan, x: Tensor, param: Tensor, is_grad: bool, reason: str | None
+) -> None:
+    assert plan.why_copied(x, param, is_grad=is_grad) == reason
+
+
+def test_a_group_is_of_one_device_and_dtype_and_one_set_of_scalars() -> None:
+    one, other = (Scalars(lr, 0.9, 0.999, 1e-8, 0.0, False, False, False) for lr in (0.1, 0.2))
+
+    def groups(params: list[Tensor], scalars: list[Scalars]) -> list[tuple[torch.dtype, list[int]]]:
+        buffers = Buffers(params, *([torch.zeros_like(p) for p in params] for _ in range(2)), [])
+        return [(dtype, [*indices]) for dtype, indices in group_leaves(buffers, scalars)]
+
+    here, there, wide = torch.ones(2), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.float64)
+    assert groups([], []) == []
+    assert groups([here, here], [one, one]) == [(torch.float32, [0, 1])]
+    assert groups([here, there, here], [one] * 3) == [(torch.float32, [0, 2]), (torch.float32, [1])]
+    assert groups([here, wide, here], [one] * 3) == [(torch.float32, [0, 2]), (torch.float64, [1])]
+    assert groups([here, here, here], [one, other, one]) == [(torch.float32, [0, 2]), (torch.float32, [1])]

@@ -11,8 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam.equations import Scalars, precise, update_leaf
+from functional_adam.leaves import Buffers
+from functional_adam.planning import run_kernel
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import PROPERTY, hyperparameters, random_tensor, seeds
 from tests.tolerances import assert_close, assert_equal, assert_rounded_once, assert_within_roundings
@@ -60,6 +64,12 @@ def make_problem(dtype: torch.dtype = torch.float32, *, per_leaf_step: bool = Fa
 
 def copy_of(tree: Any) -> Any:
     return optree.tree_map(torch.clone, tree)
+
+
+def make_column(dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Positive values for two leaves, one of which is not dense."""
+    row = random_tensor((6,), dtype, seed, positive=True)
+    return [random_tensor((3, 5), dtype, 10 + seed, positive=True), row[::2]]
 
 
 @every_way
@@ -131,6 +141,36 @@ def test_bias_correction_is_exact_to_rounding(way: str, dtype: torch.dtype, t: i
     new_param, new = update(param, grad, state, hparams, way)
     assert_within_roundings(new_param, expected.param, 5)
     assert new.step.item() == t
+
+
+@every_way
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_moments_of_0_and_1_have_their_roots(way: str, dtype: torch.dtype) -> None:
+    param, grad = torch.zeros(4, dtype=dtype), torch.tensor([0.0, 1.0, -1.0, 0.0], dtype=dtype)
+    exp_avg, exp_avg_sq = torch.tensor([[0.5, 1.0, 2.0, -1.0], [0.0, 1.0, 1.0, 4.0]], dtype=dtype)
+    options: dict[str, Any] = {"betas": (0.5, 0.5), "eps": 0.125}
+    hparams = AdamHparams(**options)
+    state = adam_init(param, hparams)._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    expected = numpy_adam(param, grad, exp_avg, exp_avg_sq, None, 0, **options)
+    assert expected.exp_avg_sq.tolist() == [0, 1, 1, 2]
+    new_param, _ = update(param, grad, state, hparams, way)
+    assert_within_roundings(new_param, expected.param, 5)
+
+
+def test_corrections_are_precise_where_the_device_can() -> None:
+    with FakeTensorMode():
+        dtypes = {device: precise(torch.empty((), device=device)).dtype for device in ("cpu", "cuda", "mps")}
+    assert dtypes == {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "mps")])
+def test_the_equations_take_scalars_from_any_device(device: str, other: str) -> None:
+    with FakeTensorMode():
+        row = tuple(torch.empty(3, device=device) for _ in range(4))
+        number = torch.empty((), device=other)
+        scalars = Scalars(*[number] * 5, amsgrad=True, maximize=False, decoupled_weight_decay=True)
+        new = update_leaf(row, torch.empty(3, device=device), number, scalars, number)
+    assert [x.device.type for x in new if x is not None] == [device] * 4
 
 
 @contextmanager
@@ -258,6 +298,31 @@ def test_found_inf_changes_nothing_in_donated_buffers(kernel: str, per_leaf_step
     assert_equal(update(params, grads, state, hparams, kernel, found_inf=found_inf, donate=True), kept)
 
 
+@kernels
+@pytest.mark.parametrize("found", [False, True])
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)], ids=str)
+def test_found_inf_that_is_not_read_decides(
+    kernel: str, found: bool, scale: float | None, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    # As on an accelerator, where the kernel is told, and its results are chosen.
+    params, columns = make_column(dtypes[0], 0), [make_column(dtypes[1], seed) for seed in (1, 2, 3)]
+    grads, before = make_column(dtypes[0], 4), copy_of([params, *columns])
+    kept_grads = copy_of(grads)
+    buffers = Buffers(params, *columns)
+    scalars = Scalars(0.25, 0.75, 0.875, 0.125, 0.5, amsgrad=True, maximize=False, decoupled_weight_decay=False)
+    scale_, found_ = None if scale is None else torch.tensor(scale), torch.tensor(found)
+    steps = [torch.tensor(4.0)] * 2
+    run_kernel(kernel, buffers, grads, steps, [scalars] * 2, grad_scale=scale_, found_inf=found_, is_ready=False)
+    assert_equal(grads, kept_grads)
+    options = {"lr": 0.25, "betas": (0.75, 0.875), "eps": 0.125, "weight_decay": 0.5, "amsgrad": True}
+    for i, row in enumerate(buffers.rows()):
+        p, m, v, u = (column[i] for column in before)
+        expected = numpy_adam(p, grads[i], m, v, u, 3, **options, grad_scale=scale, found_inf=float(found))
+        assert_close(row, expected[:4])
+        assert not found or all(torch.equal(new, old) for new, old in zip(row, (p, m, v, u), strict=True))
+
+
 @every_way
 @pytest.mark.parametrize("found_inf", NOT_FOUND.values(), ids=NOT_FOUND.keys())
 def test_zero_found_inf_is_as_none(way: str, found_inf: Any) -> None:
@@ -265,6 +330,41 @@ def test_zero_found_inf_is_as_none(way: str, found_inf: Any) -> None:
     hparams = AdamHparams(**OPTIONS)
     expected = update(params, grads, state, hparams, way)
     assert_equal(update(params, grads, state, hparams, way, found_inf=found_inf), expected)
+
+
+HALF, FLOAT, WIDE = torch.bfloat16, torch.float32, torch.float64
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("dtype", "moment_dtype", "grad_dtype"),
+    [
+        (HALF, HALF, FLOAT),
+        (HALF, FLOAT, WIDE),
+        (FLOAT, FLOAT, HALF),
+        (FLOAT, FLOAT, WIDE),
+        (FLOAT, WIDE, FLOAT),
+        (WIDE, FLOAT, WIDE),
+        (torch.complex64, torch.complex64, FLOAT),
+        (torch.complex64, torch.complex128, torch.complex64),
+    ],
+    ids=str,
+)
+def test_an_update_is_computed_in_the_widest_dtype_of_parameter_and_moments(
+    way: str, dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    options = {**OPTIONS, "eps": 1e-3}
+    hparams = AdamHparams(**options)
+    wide = torch.promote_types(dtype, moment_dtype)
+    param, grad = random_tensor((3, 5), dtype, 0), random_tensor((3, 5), grad_dtype, 1)
+    moments = [random_tensor((3, 5), moment_dtype, seed, positive=seed > 2) for seed in (2, 3, 4)]
+    state = AdamState(torch.tensor(3.0), *moments)
+    new_param, new = actual = update(param, grad, state, hparams, way)
+    assert_equal(actual, update(param, grad.to(wide), state, hparams, way))
+    if wide is not HALF:
+        expected = numpy_adam(param, grad.to(wide), *moments, 3, **options)
+        assert_close(new_param, expected.param)
+        assert_close([*new[1:4]], [*expected[1:4]])
 
 
 SCALES: dict[str, Any] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import functional_adam.batching
@@ -308,6 +309,110 @@ def test_derivatives_of_float32_leaves_hold_over_the_whole_range(kernel: str, ma
             if size >= 1e-18:
                 assert x == pytest.approx(y, rel=1e-4, abs=1e-30), (name, size)
             assert math.isfinite(x), (name, size)
+
+
+class Arithmetic(TorchDispatchMode):
+    """How many elements each product has that is computed under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_) and result.dim():
+            self.sizes.append(result.numel())
+        return result
+
+
+def products(*shapes: tuple[int, ...], numbers: str, mode: str) -> list[int]:
+    """The sizes of all products in one derivative of an update of leaves of `shapes`."""
+    at = make_point(*shapes, amsgrad=False)
+    at = at if numbers == "tensors" else without_numbers(at)
+    counted = Arithmetic()
+    if mode == "reverse":
+        leaves = [x.requires_grad_() for x in optree.tree_leaves(at) if isinstance(x, Tensor)]
+        outputs = updated(at, "fused")
+        cotangents = fixed(outputs)
+        with counted:
+            torch.autograd.grad(outputs, leaves, cotangents)
+        return counted.sizes
+    with forward_ad.dual_level():
+        duals = torch_pytree.tree_map_only(Tensor, lambda x: forward_ad.make_dual(x, torch.ones_like(x)), at)
+        with counted:
+            updated(duals, "fused")
+    return counted.sizes
+
+
+@pytest.mark.parametrize("numbers", ["tensors", "floats"])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_small_leaves_are_joined_and_large_ones_cut(numbers: str, mode: str) -> None:
+    few, many = (products(*[(2, 3)] * count, numbers=numbers, mode=mode) for count in (2, 20))
+    assert [10 * size for size in few] == many
+    assert products((CUT // 2,), (CUT // 2,), numbers=numbers, mode=mode) == [CUT] * len(few)
+    too_many = products((CUT // 2,), (CUT // 2 + 1,), numbers=numbers, mode=mode)
+    assert too_many == [CUT // 2] * len(few) + [CUT // 2 + 1] * len(few)
+    assert products((2 * CUT + 1,), numbers=numbers, mode=mode) == [CUT] * 2 * len(few) + [1] * len(few)
+
+
+@pytest.mark.parametrize("numbers", ["tensors", "floats"])
+def test_the_parts_of_a_leaf_that_is_cut_evenly_are_each_in_their_place(numbers: str) -> None:
+    at = make_point((3, CUT), amsgrad=False)
+    at = at if numbers == "tensors" else without_numbers(at)
+    leaves = [x.requires_grad_() for x in optree.tree_leaves(at) if isinstance(x, Tensor)]
+    outputs, expected = updated(at, "fused"), by_equations(at)
+    cotangents = fixed(outputs)
+    assert_close(torch.autograd.grad(outputs, leaves, cotangents), torch.autograd.grad(expected, leaves, cotangents))
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
+def test_derivatives_have_the_dtypes_of_what_they_belong_to(kernel: str, dtype: torch.dtype) -> None:
+    at = without_numbers(make_point((3,), (2, 2), dtype=torch.promote_types(dtype, torch.float32), amsgrad=False))
+    tensors = [[x.to(dtype) for x in column] for column in at[:4]]
+
+    def run(*columns: list[Tensor]) -> list[Tensor]:
+        return updated(at._replace(**dict(zip(Point._fields, columns, strict=False))), kernel)
+
+    outputs, pull = vjp(run, *tensors)
+    assert {x.dtype for x in optree.tree_leaves(pull(outputs))} == {dtype}
+    assert {x.dtype for x in jvp(run, tuple(tensors), tuple(tensors))[1]} == {dtype}
+
+
+@each_kernel
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_steps_alone_are_differentiated_twice(kernel: str, per_leaf_step: bool) -> None:
+    at = without_numbers(make_point((3,), (2, 2), amsgrad=False))
+    scalars = Scalars(*at[5:], amsgrad=False, maximize=False, decoupled_weight_decay=False)
+    steps = [torch.tensor(3.0 + i, requires_grad=True) for i in range(1 + per_leaf_step)]
+
+    def ours() -> list[Tensor]:
+        state = AdamState(steps if per_leaf_step else steps[0], at.exp_avg, at.exp_avg_sq)
+        return adam_update(at.params, at.grads, state, make_hparams(at), kernel=kernel)[0]
+
+    def theirs() -> list[Tensor]:
+        rows = zip(at.params, at.exp_avg, at.exp_avg_sq, [None] * 2, strict=True)
+        pairs = zip(rows, at.grads, steps * (2 - per_leaf_step), strict=True)
+        return [update_leaf(row, g, step + 1, scalars)[0] for row, g, step in pairs]
+
+    results = []
+    for function in (ours, theirs):
+        first = torch.autograd.grad(weighted(function()), steps, create_graph=True)
+        results.append((first, torch.autograd.grad(sum(first), steps)))
+    assert all(x != 0 for x in optree.tree_leaves(results[0]))
+    assert_close(*results)
+
+
+@each_kernel
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "exp_avg", "grads"])
+def test_what_was_written_to_before_the_backward_pass_is_noticed(kernel: str, name: str) -> None:
+    at = make_point((3,), amsgrad=False)
+    leaves = [x.requires_grad_() for x in optree.tree_leaves(at)]
+    outputs = updated(at, kernel)
+    with torch.no_grad():
+        optree.tree_leaves(getattr(at, name))[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, leaves, fixed(outputs))
 
 
 # Training runs as differentiable functions.

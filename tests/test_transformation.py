@@ -312,5 +312,9 @@ def test_other_errors_are_those_of_adam() -> None:
         optimizer.update({"a": torch.ones(2)}, optimizer.init({"a": torch.ones(2), "b": torch.ones(2)}))
     with pytest.raises(ValueError, match=r"updates must have the structure of params"):
         transformation.apply_updates({"a": torch.ones(2)}, [torch.ones(2)])
+    with pytest.raises(
+        TypeError, match=r"^updates\['a'\] is of torch.complex64, but params\['a'\] is of torch.float32"
+    ):
+        transformation.apply_updates({"a": torch.ones(2)}, {"a": torch.ones(2, dtype=torch.complex64)})
     with pytest.raises(RuntimeError, match=r"^Cannot donate"):
         optimizer.update(torch.ones(2, requires_grad=True), optimizer.init(torch.ones(2)), inplace=True)

@@ -1,5 +1,6 @@
 """Any pytree of tensors can be updated, leaf by leaf, and comes back as it was: structure, order of keys, types."""
 
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -222,3 +223,46 @@ def test_none_gradients_stand_still_in_any_tree(kernel: str, donate: bool) -> No
     assert [step.item() for step in (new.step["b"].first, new.step["a"][0])] == [1, 1]
     assert not torch.equal(params["b"].first, leaf(0))
     assert not torch.equal(params["a"][0], leaf(2))
+
+
+def message_of(params: Any, grads: Any) -> str:
+    """What is said of `grads` that do not have the structure of `params`."""
+    with pytest.raises(ValueError, match=r" grads must have the structure of params\.$") as caught:
+        adam_update(params, grads, adam_init(params, AdamHparams()), AdamHparams())
+    return str(caught.value).removesuffix(" grads must have the structure of params.")
+
+
+X = torch.ones(2)
+DIFFERENCES: dict[str, tuple[Any, Any, str]] = {  # params, grads, what is said
+    "missing": ({"a": X, "b": X}, {"b": X}, "grads lacks ['a'], but params has ['a', 'b']."),
+    "extra": ({"b": X}, {"a": X, "b": X}, "grads has the extra ['a'], but params has ['b']."),
+    "both": (
+        {"a": X, "b": X},
+        {"b": X, "c": X},
+        "grads lacks ['a'] and has the extra ['c'], but params has ['a', 'b'].",
+    ),
+    "for_none": ({"a": X, "n": None}, {"a": X, "n": X}, "grads['n'] is of type Tensor, but params['n'] is None."),
+    "after_a_none": ([None, (X,)], [None, [X]], "grads[1] is of type list, but params[1] is of type tuple."),
+    "below_a_namedtuple": (
+        [Layer([X], X)],
+        [Layer((X,), X)],
+        "grads[0].weight is of type tuple, but params[0].weight is of type list.",
+    ),
+    "below_an_own_node": (
+        Attention([X], heads=1),
+        Attention(None, heads=1),
+        "grads.query is None, but params.query is of type list.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("params", "grads", "message"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_the_first_difference_of_two_trees_is_said_in_a_sentence(params: Any, grads: Any, message: str) -> None:
+    assert message_of(params, grads) == message
+
+
+def test_the_first_difference_of_a_prefix_is_said_in_a_sentence() -> None:
+    params, hparams = {"a": X, "b": (X,)}, AdamHparams(lr={"a": 0.1, "b": [0.1]})
+    expected = "params['b'] is of type tuple, but hparams.lr['b'] is of type list. hparams.lr must be a number or a"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)} pytree prefix of params"):
+        adam_update(params, params, adam_init(params, hparams), hparams)
