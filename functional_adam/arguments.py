@@ -177,7 +177,7 @@ def _zero_dim(value: Any, name: str) -> Tensor:
 
 
 def _check_others(others: list[Tensor], params: list[Tensor]) -> None:
-    if any(x.device.type == "meta" for x in others) and any(x.device.type != "meta" for x in params):
+    if others and any(x.is_meta for x in others) and not all(x.is_meta for x in params):
         raise ValueError(
             "A hyperparameter, grad_scale or found_inf is on meta, where there are no values, but params are not. "
             "Make it where the parameters are."

@@ -42,10 +42,8 @@ def select_way(given: Arguments, kernel: str, *, donate: bool) -> Way:
     traits = given.traits
     devices = {traits.device} if traits else {param.device for param in given.buffers.params}
     if watched_by is None:
-        distinct: dict[Scalars, Scalars] = {}
-        read = {id(h): distinct.setdefault(now, now) for h in given.scalar_sets for now in (h.map(_read),)}
-        sets = [*distinct]
-        scalars = sets * len(given.grads) if len(sets) == 1 else [read[id(h)] for h in given.scalars]
+        scalars = _read_scalars(given)
+        sets = scalars[:1] if len(given.scalar_sets) == 1 else [*{id(h): h for h in scalars}.values()]
         chosen = select_kernel(kernel, devices, sets)
         return Way(None, chosen, False, scalars, _read(given.grad_scale), _read(given.found_inf))
     check_unsharded(given.buffers, watched_by, given.treespec)
@@ -77,6 +75,16 @@ def _check_donation(given: Arguments, watched_by: str | None) -> None:
         )
     if watched_by is None and not is_surely_safe(given.tensors, given.traits):
         check_donation(given.buffers, given.steps, given.grads, given.others, given.narrow, given.treespec)
+
+
+def _read_scalars(given: Arguments) -> list[Scalars]:
+    """One set a leaf, with the values of tensors; sets that are equal then are one object."""
+    if len(given.scalar_sets) == 1:
+        return [given.scalar_sets[0].map(_read)] * len(given.scalars)
+    distinct: dict[Scalars, Scalars] = {}
+    values = [h.map(_read) for h in given.scalar_sets]
+    read = {id(h): distinct.setdefault(x, x) for h, x in zip(given.scalar_sets, values, strict=True)}
+    return [read[id(h)] for h in given.scalars]
 
 
 def _read(x: Any) -> Any:

@@ -15,6 +15,7 @@ from functional_adam.recycling import empty_like
 from functional_adam.tracking import is_host_memory
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
+KERNELS: tuple[str, ...] = get_args(KernelName)
 _Copies: TypeAlias = list[tuple[Tensor, Tensor]]
 """Buffers and the copies in their places, which are to be copied back."""
 FASTEST_FIRST = ("fused", "foreach", "single")
@@ -31,16 +32,16 @@ def obstacle(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]
             if device.type not in _FUSED_DEVICES:
                 return f"there are leaves on {device}, and it runs on {' and '.join(_FUSED_DEVICES)} only"
         for name in ("beta1", "beta2", "eps", "weight_decay"):
-            values = [getattr(h, name) for h in scalars]
-            if any(isinstance(x, Tensor) and not is_host_memory(x) for x in values):
+            values = [x for h in scalars if isinstance(x := getattr(h, name), Tensor)]
+            if not all(map(is_host_memory, values)):
                 return f"{name} is a tensor on an accelerator, and it takes numbers only (lr may be a tensor)"
     return None
 
 
 def check_kernel_name(kernel: str) -> None:
     """Raise ValueError unless there is such a kernel."""
-    if not isinstance(kernel, str) or kernel not in get_args(KernelName):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"kernel is {kernel!r}. Expected one of {', '.join(map(repr, get_args(KernelName)))}.")
+    if not isinstance(kernel, str) or kernel not in KERNELS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"kernel is {kernel!r}. Expected one of {', '.join(map(repr, KERNELS))}.")
 
 
 def select_kernel(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]) -> str:
