@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_adam.groups import Defaults, check_pairs, group_call, hparams_of, kernel_of
+from functional_adam.param_groups import Defaults, check_apart, check_pairs, group_call, hparams_of_group, kernel_of
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 
@@ -140,11 +140,14 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 for group, own in zip(groups, places, strict=True)
                 if own
             ]
-            # A failure in a later group must leave the earlier ones as they were. A step that finds an infinity checks
-            # everything and changes nothing.
-            for found_inf in [1.0, None] if len(calls) > 1 else [None]:
+            if len(calls) > 1:
+                # A failure in a later group must leave the earlier ones as they were. A step that finds an infinity
+                # checks everything and changes nothing.
                 for call in calls:
-                    call.run(found_inf)
+                    call.run(found_inf=1.0)
+                check_apart(calls)
+            for call in calls:
+                call.run(found_inf=None)
         for call in calls:
             for place, row in call.rows.items():
                 self.state[params[place]].update(row)
@@ -153,7 +156,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the hyperparameters are checked first."""
         group = {**self.defaults, **param_group}
-        hparams_of(group)
+        hparams_of_group(group)
         kernel_of(group)
         super().add_param_group(param_group)
 
@@ -214,3 +217,9 @@ class _FunctionalAdamW(_FunctionalAdam):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, _allow_empty_param_list
         )
+
+
+def check_adapter(optimizer: Any) -> None:
+    """Raise TypeError unless `optimizer` is one of these."""
+    if not isinstance(optimizer, _FunctionalAdam):
+        raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")

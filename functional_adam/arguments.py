@@ -33,7 +33,7 @@ class Arguments(NamedTuple):
     found_inf: Tensor | None  # bool
     others: list[Tensor]  # the tensors that belong to no leaf
     tensors: list[Tensor]  # every tensor given: buffers, gradients, steps, others
-    is_whole: bool  # no gradient is None
+    has_all_grads: bool  # no gradient is None
     traits: Traits | None
 
 
@@ -74,7 +74,7 @@ def flatten_arguments(
             remember(listed, traits)
     _check_others(others, buffers.params)
     # A bare tensor's shared step is its own.
-    if is_step_shared and not listed.is_whole and not treespec.is_leaf():
+    if is_step_shared and not listed.has_all_grads and not treespec.is_leaf():
         missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
         raise ValueError(
             f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot stand still "
@@ -94,7 +94,7 @@ def flatten_arguments(
         found,
         others,
         listed.tensors,
-        listed.is_whole,
+        listed.has_all_grads,
         traits,
     )
 
@@ -166,13 +166,11 @@ def _zero_dim(value: Any, name: str) -> Tensor:
         if not isinstance(value, Real):
             raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
         return torch.tensor(to_float(value, name), dtype=torch.float64, device="cpu")
-    fault = None if value.is_complex() else number_fault(value)
+    fault = number_fault(value)
     if fault:
         raise TypeError(f"{name} {fault}")
     if value.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
-    if value.is_complex():
-        raise TypeError(f"{name} is of {value.dtype}. Expected a real number or tensor.")
     return value
 
 
@@ -225,7 +223,7 @@ def _step_fault(step: Any, param: Tensor | None) -> tuple[type[Exception], str] 
     if not isinstance(step, Tensor):
         return TypeError, f"is of type {type(step).__name__}. Expected a 0-dim float32 tensor, as adam_init makes."
     fault = number_fault(step)
-    if fault and not step.is_complex():
+    if fault:
         return TypeError, fault
     if is_spent(step):
         return RuntimeError, "is empty: this state was donated and cannot be used again. Use the state that came back."

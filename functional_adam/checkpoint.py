@@ -1,7 +1,6 @@
 """The state as a flat dict of tensors, for torch.save, torch.distributed.checkpoint and safetensors, both ways."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 import optree
@@ -10,7 +9,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.donation import is_spent
-from functional_adam.hparams import AdamHparams, number_fault, to_float
+from functional_adam.hparams import AdamHparams, check_scalar, number_fault, to_float
 from functional_adam.leaves import DTYPES, tensor_fault
 from functional_adam.state import AdamState, TensorTree, adam_init
 
@@ -152,16 +151,10 @@ def _check_has_values(value: Tensor, where: str, place: Tensor | None = None) ->
 
 def read_step(value: Any, where: str) -> Tensor:
     """`value` as a float32 tensor, if it counts something."""
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-        raise TypeError(f"{where} is of type {type(value).__name__}, expected a number or a tensor.")
+    check_scalar(value, where)
     if not isinstance(value, Tensor):
         value = torch.tensor(to_float(value, where), dtype=torch.float64, device="cpu")
     step = value.detach()
-    if step.is_complex() or step.dtype is torch.bool:
-        raise TypeError(f"{where} is of {step.dtype}, expected a real number or tensor.")
-    fault = number_fault(step)
-    if fault:
-        raise TypeError(f"{where} {fault}")
     _check_has_values(step, where)
     step = step.to(torch.float32)
     if not bool(((step >= 0) & (step == step.floor()) & step.isfinite()).all()):

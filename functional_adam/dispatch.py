@@ -9,13 +9,14 @@ from functional_adam.arguments import Arguments
 from functional_adam.donation import check_donation, is_surely_safe
 from functional_adam.equations import Scalars
 from functional_adam.hparams import Scalar, check_flag
-from functional_adam.leaves import check_unsharded, whole
-from functional_adam.planning import check_kernel_name, select_kernel
+from functional_adam.leaves import check_unsharded, full_value
+from functional_adam.planning import check_kernel_name, check_numbers, select_kernel
 from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
 
 EQUATIONS = "equations"
 _TRACER = "a compiler or tracer"
 _TRANSFORM = "a torch.func transform or a forward-mode dual level"
+_NESTED = "forward mode within forward mode"
 _AUTOGRAD = "autograd (an input requires grad and grad mode is on)"
 
 
@@ -24,7 +25,6 @@ class Way(NamedTuple):
 
     watched_by: str | None  # who needs differentiable, mappable, traceable operations
     kernel: str  # or EQUATIONS
-    is_nested: bool  # within forward mode within forward mode
     scalars: list[Scalars]  # one a leaf; equal ones are one object
     grad_scale: Scalar | None
     found_inf: Tensor | bool | None
@@ -38,26 +38,26 @@ def select_way(given: Arguments, kernel: str, *, donate: bool) -> Way:
     if donate:
         _check_donation(given, watched_by)
     if watched_by == _TRACER:
-        return Way(watched_by, EQUATIONS, False, given.scalars, given.grad_scale, given.found_inf)
+        return Way(watched_by, EQUATIONS, given.scalars, given.grad_scale, given.found_inf)
     traits = given.traits
     devices = {traits.device} if traits else {param.device for param in given.buffers.params}
     if watched_by is None:
         scalars = _read_scalars(given)
         sets = scalars[:1] if len(given.scalar_sets) == 1 else [*{id(h): h for h in scalars}.values()]
         chosen = select_kernel(kernel, devices, sets)
-        return Way(None, chosen, False, scalars, _read(given.grad_scale), _read(given.found_inf))
+        check_numbers(chosen, sets, given.steps)
+        return Way(None, chosen, scalars, _read(given.grad_scale), _read(given.found_inf))
     check_unsharded(given.buffers, watched_by, given.treespec)
     # torch has a silent zero for forward over forward mode through any autograd.Function.
-    is_nested = watched_by == _TRANSFORM and forward_levels() > 1
-    chosen = EQUATIONS if is_nested else select_kernel(kernel, devices, given.scalar_sets)
-    return Way(watched_by, chosen, is_nested, given.scalars, given.grad_scale, given.found_inf)
+    chosen = EQUATIONS if watched_by == _NESTED else select_kernel(kernel, devices, given.scalar_sets)
+    return Way(watched_by, chosen, given.scalars, given.grad_scale, given.found_inf)
 
 
 def _watcher(given: Arguments) -> str | None:
     if is_tracing():
         return _TRACER
     if is_transformed():
-        return _TRANSFORM
+        return _NESTED if forward_levels() > 1 else _TRANSFORM
     return _AUTOGRAD if _requires_grad(given) else None
 
 
@@ -69,8 +69,9 @@ def _requires_grad(given: Arguments) -> bool:
 
 def _check_donation(given: Arguments, watched_by: str | None) -> None:
     if watched_by not in (None, _TRACER) or _requires_grad(given):
+        watcher = _AUTOGRAD if watched_by == _TRACER else watched_by  # a tracer may donate
         raise RuntimeError(
-            f"Cannot donate: the update is watched by {watched_by}, which would miss the old values. "
+            f"Cannot donate: the update is watched by {watcher}, which would miss the old values. "
             "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
         )
     if watched_by is None and not is_surely_safe(given.tensors, given.traits):
@@ -89,5 +90,5 @@ def _read_scalars(given: Arguments) -> list[Scalars]:
 
 def _read(x: Any) -> Any:
     """`x` as a Python number where that costs nothing and hides nothing."""
-    x = whole(x)
+    x = full_value(x)
     return x.item() if isinstance(x, Tensor) and is_readable(x) else x

@@ -17,26 +17,25 @@ from functional_adam.state import AdamState, TensorTree
 
 
 class LeafGroup(NamedTuple):
-    """Leaves that are updated by one call."""
+    """Leaves of one device, dtype and set of hyperparameters, which a kernel takes in one call."""
 
     device: torch.device
     dtype: torch.dtype
-    """What they are computed in: the widest dtype of a parameter and its moments."""
+    """What they are computed in: the widest dtype of a parameter and its moments; for equations at least float32."""
     leaves: list[str]
     """Paths, such as `params['w']`."""
     element_count: int
-    """In this process, if leaves are DTensors."""
+    """Of one member under vmap, and in this process if leaves are DTensors; like `nbytes`."""
     hparams: AdamHparams
     """What holds for these leaves: trees are resolved, and numbers are read where that is free."""
 
 
-class Copied(NamedTuple):
+class NewMemory(NamedTuple):
     """Tensors for which an update makes new memory, for one reason."""
 
     tensors: list[str]
     """Paths, such as `grads['w']`."""
     nbytes: int
-    """In this process, if leaves are DTensors."""
     why: str
 
 
@@ -52,7 +51,7 @@ class Explanation(NamedTuple):
     groups: list[LeafGroup]
     still: list[str]
     """Paths of the parameters that nothing is computed for: they have no gradient, or found_inf skips the update."""
-    copies: list[Copied]
+    new_memory: list[NewMemory]
 
     def __str__(self) -> str:
         kernels = [("kernel", "runs", "why")]
@@ -61,7 +60,7 @@ class Explanation(NamedTuple):
         groups += [(_listed(x.leaves), f"{x.element_count:,}", str(x.dtype), str(x.device)) for x in self.groups]
         groups += [(_listed(self.still), "", "nothing: stands still", "")] if self.still else []
         copies = [("new memory for", "bytes", "why")]
-        copies += [(_listed(x.tensors), f"{x.nbytes:,}", x.why) for x in self.copies] or [("nothing", "0", "")]
+        copies += [(_listed(x.tensors), f"{x.nbytes:,}", x.why) for x in self.new_memory] or [("nothing", "0", "")]
         return "\n\n".join(map(_table, (kernels, groups, copies)))
 
 
@@ -78,8 +77,11 @@ def explain(
 ) -> Explanation:
     """What :func:`adam_update` would do with these arguments at this place in the program, without doing it.
 
-    The update itself asks the functions that answer here. Intermediate values are not listed: `single` and `foreach`
-    allocate some of the size of the leaves, and derivatives keep what they need.
+    The update itself asks the functions that answer here. Under `vmap` the kernel named is the one that the batching
+    rule is given; for numbers or steps of members it may take the equations (see docs/transforms.md).
+
+    Not listed: new steps, of 4 bytes each; intermediate values, of which `single` and `foreach` allocate some of the
+    size of the leaves; what derivatives keep.
 
     Args:
         params: as for :func:`adam_update`, like all others.
@@ -95,7 +97,8 @@ def explain(
         An `Explanation`; its string is a table.
 
     Raises:
-        TypeError, ValueError, RuntimeError: where the update would raise, with the same message.
+        TypeError, ValueError, RuntimeError: where the update would raise, with the same message. A grad_scale or
+            found_inf that is a DTensor is summed up, so that all processes must call.
 
     Example:
         >>> params = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
@@ -126,13 +129,15 @@ def explain(
         names = [paths[i].codify("params") for i in indices]
         elements = sum(_local(x).numel() for x in leaves)
         h = _hparams_of(way.scalars[indices[0]])
-        groups.append(LeafGroup(leaves[0].device, group.dtype, names, elements, h))
+        # Half types are computed in float32 by the equations.
+        dtype = torch.promote_types(group.dtype, torch.float32) if way.kernel == EQUATIONS else group.dtype
+        groups.append(LeafGroup(leaves[0].device, dtype, names, elements, h))
     still = [path.codify("params") for i, path in enumerate(paths) if i not in {*moving}]
-    found: dict[tuple[str, str], Copied] = {}
+    found: dict[tuple[str, str], NewMemory] = {}
     for root, index, nbytes, why in (*_results(given, way, donate=donate), *_copies(given, way, moving, donate=donate)):
-        earlier = found.get((root, why), Copied([], 0, why))
+        earlier = found.get((root, why), NewMemory([], 0, why))
         name = paths[index].codify(root)
-        found[root, why] = Copied([*earlier.tensors, name], earlier.nbytes + nbytes, why)
+        found[root, why] = NewMemory([*earlier.tensors, name], earlier.nbytes + nbytes, why)
     return Explanation(way.watched_by, way.kernel, _reasons(given, way, kernel), groups, still, [*found.values()])
 
 
@@ -146,7 +151,7 @@ def _hparams_of(h: Scalars) -> AdamHparams:
 
 def _reasons(given: Arguments, way: Way, asked: str) -> dict[str, str]:
     if way.kernel == EQUATIONS:
-        opaque = "is opaque to nested forward mode" if way.is_nested else f"is opaque to {way.watched_by}"
+        opaque = f"is opaque to {way.watched_by}"
         return {**dict.fromkeys(FASTEST_FIRST, opaque), EQUATIONS: "plain operations, which every watcher can follow"}
     devices, sets = {x.device for x in given.buffers.params}, [*{id(h): h for h in way.scalars}.values()]
     reasons: dict[str, str] = {}
@@ -175,7 +180,10 @@ def _results(given: Arguments, way: Way, *, donate: bool) -> _Found:
             for index, x in enumerate(column):
                 yield _owner(given, root, index), index, _local(x).nbytes, why
     for index, x in given.narrow.items():
-        yield "params", index, _local(x).nbytes, "is rounded from its master"
+        if given.grads[index] is not None:
+            yield "params", index, _local(x).nbytes, "is rounded from its master"
+        elif not donate:
+            yield "params", index, _local(x).nbytes, why
 
 
 def _copies(given: Arguments, way: Way, moving: list[int], *, donate: bool) -> _Found:
@@ -185,10 +193,10 @@ def _copies(given: Arguments, way: Way, moving: list[int], *, donate: bool) -> _
     for index in moving:
         given_row = [given.buffers.params[index], *(column[index] for column in given.buffers[1:] if column)]
         grad: Any = given.grads[index]
-        dtype, is_guarded = compute_dtype(*given_row), isinstance(way.found_inf, Tensor)
-        plan = Plan(way.kernel, dtype, is_scaled=way.grad_scale is not None, is_guarded=is_guarded)
+        dtype, has_found_inf = compute_dtype(*given_row), isinstance(way.found_inf, Tensor)
+        plan = Plan(way.kernel, dtype, has_grad_scale=way.grad_scale is not None, has_found_inf=has_found_inf)
         # Where somebody watches, gradients are zeroed and results chosen outside of the kernel.
-        chosen = "is chosen by found_inf, whose value is not read" if way.watched_by and is_guarded else None
+        chosen = "is chosen by found_inf, whose value is not read" if way.watched_by and has_found_inf else None
         # Without donation the kernel gets copies already, which are dense.
         row = [_local(x, is_copy=not donate) for x in given_row]
         for root, x in zip(BUFFER_NAMES, row, strict=False):

@@ -143,19 +143,6 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     )
 
 
-def check_numbers(batch: Batch) -> None:
-    """Raise ValueError where Python's arithmetic would fail in the middle of an update; that of tensors does not."""
-    h = batch.scalars
-    if any(isinstance(x, Tensor) for x in h):
-        return
-    for name, beta in (("betas[0]", h.beta1), ("betas[1]", h.beta2)):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
-    for step in {id(step): step for step in batch.steps}.values():
-        if step.device.type == "cpu" and type(step) is Tensor and not step.item() >= 1:
-            raise ValueError(f"state.step is {step.item() - 1:g}. Expected a number of updates >= 0.")
-
-
 def _saturated(x: float, dtype: torch.dtype) -> float:
     """`x`, or infinity where `dtype` has nothing larger: torch refuses the number, tensors would become infinite."""
     return math.copysign(math.inf, x) if abs(x) > torch.finfo(dtype).max else x

@@ -84,7 +84,7 @@ def placement_change(grad: Any, param: Any) -> Any:
     return None if not _is_dtensor(param) or grad.placements == param.placements else param.placements
 
 
-def whole(x: Any) -> Any:
+def full_value(x: Any) -> Any:
     """A DTensor as a plain tensor of its full value, the same in each process; anything else as it is."""
     if not _is_dtensor(x):
         return x

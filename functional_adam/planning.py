@@ -1,6 +1,6 @@
 """Which kernel runs, on which leaves together, and on copies of what."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars, as_real, compute_dtype
 from functional_adam.hparams import Scalar
-from functional_adam.kernels import Batch, check_numbers, missing_operation, run_foreach, run_fused, run_single
+from functional_adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
 from functional_adam.layouts import is_laid_out_like
 from functional_adam.leaves import Buffers
 from functional_adam.recycling import empty_like
-from functional_adam.tracking import is_host_memory
+from functional_adam.tracking import is_host_memory, is_readable
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
@@ -34,7 +34,7 @@ def obstacle(kernel: str, devices: set[torch.device], scalars: Sequence[Scalars]
         for name in ("beta1", "beta2", "eps", "weight_decay"):
             values = [x for h in scalars if isinstance(x := getattr(h, name), Tensor)]
             if not all(map(is_host_memory, values)):
-                return f"{name} is a tensor on an accelerator, and it takes numbers only (lr may be a tensor)"
+                return f"{name} is a tensor outside the host's memory, and it takes numbers only (lr may be a tensor)"
     return None
 
 
@@ -52,6 +52,22 @@ def select_kernel(kernel: str, devices: set[torch.device], scalars: Sequence[Sca
     if reason:
         raise RuntimeError(f"kernel={kernel!r} cannot run here: {reason}. Use kernel='auto'.")
     return kernel
+
+
+def check_numbers(kernel: str, scalars: Iterable[Scalars], steps: Iterable[Tensor]) -> None:
+    """Raise ValueError where Python's arithmetic would fail in the middle of an update; that of tensors does not.
+
+    `steps` do not count this update yet.
+    """
+    if kernel == "fused":
+        return
+    for h in scalars:
+        for name, beta in (("betas[0]", h.beta1), ("betas[1]", h.beta2)):
+            if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
+                raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
+    for step in steps:
+        if is_readable(step) and not step.item() >= 0:
+            raise ValueError(f"state.step is {step.item():g}. Expected a number of updates >= 0.")
 
 
 class Group(NamedTuple):
@@ -79,8 +95,8 @@ class Plan(NamedTuple):
 
     kernel: str
     dtype: torch.dtype
-    is_scaled: bool  # there is a grad_scale
-    is_guarded: bool  # there is a found_inf, whose value cannot be read
+    has_grad_scale: bool  # there is a grad_scale
+    has_found_inf: bool  # there is a found_inf, whose value cannot be read
 
     def why_copied(self, x: Tensor, param: Tensor, *, is_grad: bool) -> str | None:
         """Why the kernel gets a copy of `x`, which is `param` or belongs to it, or None if it gets `x`."""
@@ -90,9 +106,9 @@ class Plan(NamedTuple):
             return "has a lazy conjugation or negation"
         if self.kernel == "fused" and not is_laid_out_like(x, param):
             return "is not dense" if x is param else "is not laid out like its parameter"
-        if is_grad and self.is_scaled:
+        if is_grad and self.has_grad_scale:
             return "is divided by grad_scale"
-        if not is_grad and self.is_guarded and self.kernel != "fused":
+        if not is_grad and self.has_found_inf and self.kernel != "fused":
             return "is chosen by found_inf, whose value is not read"
         return None
 
@@ -114,14 +130,14 @@ def run_kernel(
     `is_ready`: all leaves are known to be contiguous, without lazy bits, of one real dtype, device and set of scalars.
     Version counters may stand still.
     """
-    is_scaled, is_guarded = grad_scale is not None, found_inf is not None
+    has_grad_scale, has_found_inf = grad_scale is not None, found_inf is not None
     # All copies are there before the first write: running out of memory changes nothing.
-    if is_ready and not (is_scaled or is_guarded):
+    if is_ready and not (has_grad_scale or has_found_inf):
         batches: list[tuple[Batch, _Copies]] = [(Batch(buffers, grads, steps, scalars[0]), [])]
     else:
         batches = [
             _prepare(
-                Plan(kernel, dtype, is_scaled, is_guarded),
+                Plan(kernel, dtype, has_grad_scale, has_found_inf),
                 Batch(
                     buffers.take(indices),
                     [grads[i] for i in indices],
@@ -131,9 +147,6 @@ def run_kernel(
             )
             for dtype, indices in group_leaves(buffers, scalars)
         ]
-    if kernel != "fused":
-        for batch, _ in batches:
-            check_numbers(batch)
     for batch, copies in batches:
         device = batch.grads[0].device
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
@@ -154,7 +167,7 @@ def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:
     """`batch` with copies in the place of what the kernel cannot take, and the pairs of a buffer and its copy."""
     everything = batch.buffers.flat + batch.grads
     if (
-        not (plan.is_scaled or plan.is_guarded or plan.dtype.is_complex)
+        not (plan.has_grad_scale or plan.has_found_inf or plan.dtype.is_complex)
         and all(x.dtype is plan.dtype for x in everything)
         and not any(x.is_neg() for x in everything)
         and (plan.kernel != "fused" or all(x.is_contiguous() for x in everything))

@@ -53,7 +53,7 @@ def adam_init(
     """The state before the first update: step 0, all moments 0.
 
     Moments have the shape, device, layout (and DTensor placement) of their parameters, and their dtype, unless
-    `moment_dtype` says otherwise. An update computes in the wider of both, half types in float32.
+    `moment_dtype` says otherwise. An update computes in the wider of both.
 
     Args:
         params: pytree of floating or complex tensors of any shape, in units U.

@@ -12,7 +12,7 @@ from functional_adam.arguments import Arguments, flatten_arguments
 from functional_adam.checkpoint import copy_into, listed, read_step
 from functional_adam.hparams import AdamHparams, check_hparams
 from functional_adam.state import AdamState, TensorTree, adam_init
-from functional_adam.torch_groups import FLAGS, hparams_of, own, parts_of
+from functional_adam.torch_param_groups import FLAGS, hparams_of_groups, own, parts_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -112,7 +112,7 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     treespec = optree.tree_structure(params)
     groups, entries = parts_of(state_dict)
     leaf_of = _leaf_of(treespec, groups)
-    hparams = hparams_of(groups, leaf_of, treespec)
+    hparams = hparams_of_groups(groups, leaf_of, treespec)
     check_hparams(hparams)
     unknown = [key for key in entries if key not in leaf_of]
     if unknown:

@@ -26,7 +26,7 @@ class Listed(NamedTuple):
     structure: tuple[int, ...]  # how many of each kind there are, and which gradients are None
     tensors: list[Any]  # buffers, gradients that are not None, steps, others
     leaves: list[Any]  # the first two
-    is_whole: bool  # no gradient is None
+    has_all_grads: bool  # no gradient is None
 
 
 @dataclass(eq=False)
@@ -64,13 +64,15 @@ def recall(listed: Listed) -> Traits | None:
     if is_tracing() or is_transformed() or not _known:
         return None
     structure, tensors, _, _ = listed
+    # In inference mode dispatch keys of ordinary tensors are those of inference tensors outside.
+    mode = torch.is_inference_mode_enabled()
     try:
         # Nested tensors have no strides, and comparing them would end the process.
         if any(map(attrgetter("is_nested"), tensors)):
             return None
     except AttributeError:
         return None  # not a tensor
-    return next((traits for known, check, traits in _known if known == structure and check(*tensors)), None)
+    return next((traits for known, check, traits in _known if known == (mode, *structure) and check(*tensors)), None)
 
 
 def find_traits(listed: Listed, buffers: Buffers, grads: Sequence[Any]) -> Traits | None:
@@ -99,7 +101,7 @@ def remember(listed: Listed, traits: Traits) -> None:
     if _guards is not None and not is_transformed():
         check: Any = _guards(*listed.tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         if check(*listed.tensors):  # which it is not where a tensor stands in two places
-            _known = ((listed.structure, check, traits), *_known[: _LISTS - 1])
+            _known = (((torch.is_inference_mode_enabled(), *listed.structure), check, traits), *_known[: _LISTS - 1])
 
 
 def _are_plain(tensors: list[Any]) -> bool:

@@ -16,10 +16,12 @@ import optree
 import torch
 from torch import Tensor
 
+from functional_adam.donation import find_overlap
 from functional_adam.hparams import AdamHparams, Scalar, check_flag
 from functional_adam.leaves import tensor_fault
 from functional_adam.planning import KernelName, check_kernel_name
 from functional_adam.state import AdamState, TensorTree, adam_init
+from functional_adam.tracking import is_tracing, is_transformed
 from functional_adam.trees import flatten_like, path_of
 from functional_adam.update import adam_update
 
@@ -96,7 +98,8 @@ def adam(
 
     Raises:
         TypeError: as `AdamHparams`.
-        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: there is weight decay and `params` is None.
+        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: there is weight decay and `params` is None, or the
+            state has master parameters, which updates are not added to.
         RuntimeError: from `update` with `inplace`: the gradients or the state are tracked.
 
     Example:
@@ -138,6 +141,11 @@ def adam(
                 f"state is of type {type(state).__name__}, expected the AdamState of init. "
                 "The order is update(grads, state, params)."
             )
+        if optree.tree_leaves(state.master_params):
+            raise ValueError(
+                "state.master_params is given, but updates are added to the parameters, not to their copies. "
+                "Use adam_update, or a state without copies."
+            )
         given = _in_kind_of(state.exp_avg, grads)
         like = _in_kind_of(state.exp_avg, state.exp_avg if params is None else params)
         # Without weight decay an update does not depend on the parameter: that of 0 is the update itself, not rounded.
@@ -171,6 +179,7 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
     Raises:
         TypeError: a leaf is no floating or complex tensor.
         ValueError: `updates` has another structure than `params`, or a leaf another shape or device.
+        RuntimeError: `inplace`, and leaves share memory.
 
     Example:
         >>> from functional_adam import transformation
@@ -195,6 +204,11 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
             path, param_path = (path_of(treespec, index, name) for name in ("updates", "params"))
             raise TypeError(f"{path} is of {change.dtype}, but {param_path} is of {leaf.dtype}. Take the real part.")
     if inplace:
+        found = None if is_tracing() or is_transformed() else find_overlap(leaves, ())
+        if found is not None:
+            path, other = (path_of(treespec, index, "params") for index in found)
+            what = "overlaps itself" if path == other else f"shares memory with {other}"
+            raise RuntimeError(f"{path} {what}, so that it cannot be written. Clone it, or leave out inplace.")
         with torch.no_grad():
             for leaf, change in zip(leaves, changes, strict=True):
                 if change is not None:

@@ -42,8 +42,8 @@ def adam_update(
         p = p - lr / (1 - b1^t) * m / (sqrt(v or u) / sqrt(1 - b2^t) + eps)
 
     Nothing given is changed, unless donated. The update is differentiable to any order and mappable like any torch
-    function, and the kernel still computes it. Where none can (a compiler traces, or forward mode is nested), the
-    equations above do, as plain operations.
+    function, and the kernel still computes it. Where none can (a compiler traces, forward mode is nested, or a
+    mapped update with numbers of its members is differentiated), the equations above do, as plain operations.
 
     Args:
         params: pytree of floating or complex tensors of any shape and layout, in units U.
@@ -103,22 +103,22 @@ def adam_update(
 
 def _run_kernel(given: Arguments, way: Way, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
     """In place, on the buffers if they are donated, else on copies."""
-    old, stays, traits = given.buffers, way.found_inf, given.traits
+    old, found_inf, traits = given.buffers, way.found_inf, given.traits
     new = old if donate else old.with_flat(copies(old.flat, are_small=traits is not None and traits.are_small))
     if donate and traits is not None and len(given.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
         advanced = [*(torch.stack(given.steps) + 1).unbind(0)]
     else:
         advanced = [step + 1 for step in given.steps]
-    steps = _next_steps(given, advanced, stays)
+    steps = _next_steps(given, advanced, found_inf)
     leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
     moving, grads = new, cast("list[Tensor]", given.grads)
     scalars = way.scalars
-    if not given.is_whole:
+    if not given.has_all_grads:
         indices = [index for index, grad in enumerate(given.grads) if grad is not None]
         moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
         scalars = [scalars[i] for i in indices]
-    if stays is not True and grads:
+    if found_inf is not True and grads:
         if traits is None:
             moving, grads = local_shards(moving, grads)
         run_kernel(
@@ -128,7 +128,7 @@ def _run_kernel(given: Arguments, way: Way, *, donate: bool) -> tuple[Buffers, l
             leaf_steps,
             scalars,
             grad_scale=way.grad_scale,
-            found_inf=stays if isinstance(stays, Tensor) else None,
+            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
             is_ready=traits is not None and traits.is_ready and len(given.scalar_sets) == 1,
         )
     if donate:
@@ -156,11 +156,11 @@ def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[lis
 
 def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
     """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
-    stays = given.found_inf
+    found_inf = given.found_inf
     rows = [*given.buffers.rows()]
     # Where nothing may change, no infinity may reach a derivative either.
     grads = {
-        index: grad if stays is None else torch.where(stays.to(grad.device), 0, grad)
+        index: grad if found_inf is None else torch.where(found_inf.to(grad.device), 0, grad)
         for index, grad in enumerate(given.grads)
         if grad is not None
     }
@@ -172,7 +172,7 @@ def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
     else:
         steps = [advance(step) for step in given.steps]
         traits = given.traits
-        if traits is not None and given.is_whole and stays is None and len(given.scalar_sets) == 1:
+        if traits is not None and given.has_all_grads and found_inf is None and len(given.scalar_sets) == 1:
             every, h = [*grads.values()], given.scalar_sets[0]
             new = differentiable_update(
                 way.kernel, given.buffers, every, given.steps, h, given.grad_scale, is_ready=traits.is_ready
@@ -197,22 +197,22 @@ def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
         for column, before, after in zip(result, old, new, strict=True):
             if before is not None and after is not None:
                 stands = index not in grads
-                column.append(before.clone() if stands else _where(stays, before, after))
-    return result, _next_steps(given, steps, stays)
+                column.append(before.clone() if stands else _where(found_inf, before, after))
+    return result, _next_steps(given, steps, found_inf)
 
 
-def _next_steps(given: Arguments, advanced: list[Tensor], stays: Tensor | bool | None) -> list[Tensor]:
+def _next_steps(given: Arguments, advanced: list[Tensor], found_inf: Tensor | bool | None) -> list[Tensor]:
     """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
-    if given.is_whole and stays is None:
+    if given.has_all_grads and found_inf is None:
         return advanced
     # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
     grads = given.grads[:1] or [None] if given.is_step_shared else given.grads
     is_counted = [grad is not None or not given.grads for grad in grads]
     return [
-        _where(stays, old, new) if counted and stays is not True else old.clone()
+        _where(found_inf, old, new) if counted and found_inf is not True else old.clone()
         for old, new, counted in zip(given.steps, advanced, is_counted, strict=True)
     ]
 
 
-def _where(stays: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
-    return torch.where(stays.to(old.device), old, new) if isinstance(stays, Tensor) else new
+def _where(found_inf: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
+    return torch.where(found_inf.to(old.device), old, new) if isinstance(found_inf, Tensor) else new

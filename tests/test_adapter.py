@@ -599,3 +599,23 @@ def test_construction_and_steps_warn_about_nothing(adapter: Any) -> None:
         optimizer.zero_grad()
     assert not caught
     assert "lr: 0.001" in repr(optimizer)
+
+
+@pytest.mark.parametrize("kernel", ["single", "foreach"])
+def test_a_step_of_several_groups_that_cannot_be_computed_changes_none(kernel: str) -> None:
+    a, b = torch.ones(2), torch.ones(2)
+    optimizer = _FunctionalAdam([{"params": [a]}, {"params": [b]}], foreach=kernel == "foreach")
+    optimizer.step([torch.ones(2), torch.ones(2)])
+    optimizer.state[b]["step"].fill_(-1)
+    before = a.clone()
+    with pytest.raises(ValueError, match=r"state.step.* is -1"):
+        optimizer.step([torch.ones(2), torch.ones(2)])
+    assert torch.equal(a, before)
+
+
+def test_a_parameter_as_the_gradient_of_another_group_is_refused() -> None:
+    a, b = torch.ones(2), torch.ones(2)
+    optimizer = _FunctionalAdam([{"params": [a]}, {"params": [b]}], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"params\[0\] shares memory with grads\[1\]"):
+        optimizer.step([torch.ones(2), a])
+    assert a.tolist() == b.tolist() == [1.0, 1.0]

@@ -377,11 +377,19 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "negative_step": (one_leaf(step=-1.0), ValueError, r"\[0\]\['step'\] is -1.0, expected a whole number"),
     "half_step": (one_leaf(step=torch.tensor(0.5)), ValueError, r"expected a whole number"),
     "nan_step": (one_leaf(step=float("nan")), ValueError, r"expected a whole number"),
-    "step_of_no_kind": (one_leaf(step="1"), TypeError, r"\['step'\] is of type str, expected a number"),
-    "flag_step": (one_leaf(step=True), TypeError, r"\['step'\] is of type bool, expected a number"),
+    "step_of_no_kind": (one_leaf(step="1"), TypeError, r"\['step'\] is '1' \(str\)\. Expected a number"),
+    "flag_step": (one_leaf(step=True), TypeError, r"\['step'\] is True \(bool\)\. Expected a number"),
     "step_of_nothing": (one_leaf(step=torch.zeros(0)), ValueError, r"\['step'\] has shape \(0,\), expected \(\)"),
-    "bool_step": (one_leaf(step=torch.tensor(True)), TypeError, r"\['step'\] is of torch\.bool, expected a real"),
-    "complex_step": (one_leaf(step=torch.tensor(1j)), TypeError, r"\['step'\] is of torch\.complex64, expected a real"),
+    "bool_step": (
+        one_leaf(step=torch.tensor(True)),
+        TypeError,
+        r"\['step'\] is a tensor of torch\.bool\. ",
+    ),
+    "complex_step": (
+        one_leaf(step=torch.tensor(1j)),
+        TypeError,
+        r"\['step'\] is a tensor of torch\.complex64\.",
+    ),
     "one_beta": (with_group(betas=(0.9,)), ValueError, r"\[0\]\['betas'\] is \(0\.9,\), expected a pair of numbers"),
     "stacked_step": (one_leaf(step=torch.ones(3)), ValueError, r"\['step'\] has shape \(3,\), expected \(\)"),
 }
@@ -591,12 +599,12 @@ SENTENCES: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
     "complex_step": (
         {**FLAT, "step": torch.tensor(1 + 0j)},
         TypeError,
-        "flat['step'] is of torch.complex64, expected a real number or tensor.",
+        "flat['step'] is a tensor of torch.complex64. Expected a real tensor: convert it first.",
     ),
     "flag_step": (
         {**FLAT, "step": torch.tensor(True)},
         TypeError,
-        "flat['step'] is of torch.bool, expected a real number or tensor.",
+        "flat['step'] is a tensor of torch.bool. Expected a real tensor: convert it first.",
     ),
 }
 

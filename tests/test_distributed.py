@@ -546,3 +546,9 @@ def test_without_torchs_table_the_error_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(registration.import_optim().utils, "functional_optim_map")
     with pytest.raises(RuntimeError, match=r"no torch\.distributed\.optim\.utils\.functional_optim_map"):
         register()
+
+
+def test_a_hook_refuses_another_optimizer() -> None:
+    other: Any = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"^optimizer is of type Adam, expected a _FunctionalAdam"):
+        hook_then_step(mock.Mock(), other)

@@ -232,7 +232,11 @@ def explain_shards() -> Any:
     grads = {"a": params["a"], "b": distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])}
     hparams = AdamHparams()
     found = explain(params, grads, adam_init(params, hparams), hparams)
-    return found.groups[0].element_count, [x for x in found.copies if "result" not in x.why], found.copies[0].nbytes
+    return (
+        found.groups[0].element_count,
+        [x for x in found.new_memory if "result" not in x.why],
+        found.new_memory[0].nbytes,
+    )
 
 
 def test_an_explanation_is_of_this_process_and_names_the_gradients_that_travel(workers: Workers):

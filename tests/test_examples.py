@@ -20,7 +20,7 @@ from tests.benchmarks.plot import draw
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-TIME_LIMIT = 180  # seconds for one run; against hanging, not a measure of speed
+TIME_LIMIT = 600  # seconds for one run; against hanging, not a measure of speed
 
 
 class Example(NamedTuple):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import functional_adam.dispatch
 import functional_adam.hparams
+import functional_adam.planning
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
@@ -519,7 +520,7 @@ def _cuda_by_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.autograd.profiler.record_function("stream"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
-    for module in (functional_adam.hparams, functional_adam.dispatch):
+    for module in (functional_adam.hparams, functional_adam.dispatch, functional_adam.planning):
         monkeypatch.setattr(module, "is_readable", lambda _: False)
 
 

@@ -107,10 +107,10 @@ def test_the_named_kernel_runs_on_the_named_groups_and_copies(
 
     assert explanation.watched_by is None
     assert runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
-    temporary = [x for x in explanation.copies if "is a result" not in x.why and "rounded" not in x.why]
+    temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
     assert sum(x.nbytes for x in temporary) == sum(copied)
     assert sum(len(x.tensors) for x in temporary) == len(copied)
-    results = [path for x in explanation.copies if "is a result" in x.why for path in x.tensors]
+    results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
     columns = 4 if arguments[3].amsgrad else 3
     assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
 
@@ -140,7 +140,7 @@ def test_groups_show_their_hyperparameters() -> None:
 
 def test_results_are_as_large_as_the_new_tensors() -> None:
     params = [randn(3), randn(2, 5)]
-    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS).copies
+    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS).new_memory
     assert [(x.tensors, x.nbytes) for x in copies] == [
         (["params[0]", "params[1]"], 52),
         (["state.exp_avg[0]", "state.exp_avg[1]"], 52),
@@ -152,7 +152,7 @@ def test_masters_are_named_in_the_place_of_their_parameters() -> None:
     params = [randn(3, dtype=torch.bfloat16), randn(2)]
     state = adam_init(params, HPARAMS, master_params=True, moment_dtype=torch.float32)
     grads = [x.clone() for x in params]
-    copies = explain(params, grads, state, HPARAMS, donate=True).copies
+    copies = explain(params, grads, state, HPARAMS, donate=True).new_memory
     assert [(x.tensors, x.nbytes, x.why) for x in copies] == [
         (["params[0]"], 6, "is rounded from its master"),
         (["grads[0]"], 12, "is of torch.bfloat16 and computed in torch.float32"),
@@ -234,7 +234,7 @@ def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tenso
         (grad, (3,), "fused", "a torch.func transform"),
         (vmap, (2, 3), "fused", "a torch.func transform"),
         (jacfwd, (3,), "fused", "a torch.func transform"),
-        (lambda f: jacfwd(jacfwd(f)), (3,), "equations", "a torch.func transform"),
+        (lambda f: jacfwd(jacfwd(f)), (3,), "equations", "forward mode within forward mode"),
         (make_fx, (3,), "equations", "a compiler or tracer"),
     ],
     ids=["grad", "vmap", "jvp", "nested", "make_fx"],
@@ -264,7 +264,7 @@ def test_autograd_is_named_and_donation_refused_alike() -> None:
 
 def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
     params = randn(3).requires_grad_()
-    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS, found_inf=torch.tensor(0.0)).copies
+    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS, found_inf=torch.tensor(0.0)).new_memory
     chosen = [path for x in copies if "is chosen by found_inf" in x.why for path in x.tensors]
     assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
 
@@ -278,7 +278,7 @@ def test_a_traced_donation_is_copied_into_the_memory_given() -> None:
         return adam_update(param, gradient, state, HPARAMS, donate=True)[0]
 
     make_fx(step)(randn(3), randn(3))
-    whys = [(x.tensors, x.why.partition(":")[0]) for x in found[0].copies]
+    whys = [(x.tensors, x.why.partition(":")[0]) for x in found[0].new_memory]
     why = "is computed apart, then copied into donated memory"
     assert whys == [(["params"], why), (["state.exp_avg"], why), (["state.exp_avg_sq"], why)]
 
@@ -328,3 +328,28 @@ def test_the_table_has_no_loose_ends() -> None:
     assert ["grads['layer0'] and 1 other", "48", "is divided by grad_scale"] in cells
     plain = str(explain(params, params, adam_init(params, HPARAMS), HPARAMS)).splitlines()
     assert plain[1].split() == ["fused", "yes", "the", "fastest", "that", "can"]
+
+
+def test_equations_are_computed_in_float32_for_half_types() -> None:
+    found: list[Any] = []
+    half = randn(3, dtype=torch.bfloat16)
+    make_fx(lambda p: found.append(explain(p, p, adam_init(p, HPARAMS), HPARAMS)) or p)(half)
+    assert [group.dtype for group in found[0].groups] == [torch.float32]
+
+
+@donate_or_not
+def test_a_parameter_that_stands_still_is_not_rounded(donate: bool) -> None:
+    params = [randn(3, dtype=torch.bfloat16)]
+    state = adam_init(params, HPARAMS, master_params=True, per_leaf_step=True)
+    new_memory = explain(params, [None], state, HPARAMS, donate=donate).new_memory
+    assert not any("rounded" in x.why for x in new_memory)
+    assert [x.tensors for x in new_memory if x.tensors == ["params[0]"]] == [["params[0]"]] * (not donate)
+
+
+def test_a_tracer_may_donate_and_autograd_may_not() -> None:
+    def step(param: Tensor, gradient: Tensor) -> Tensor:
+        state = adam_init(param, HPARAMS)
+        return adam_update(param, gradient, state, HPARAMS, donate=True)[0]
+
+    with pytest.raises(RuntimeError, match="Cannot donate: the update is watched by autograd"):
+        make_fx(step)(randn(3).requires_grad_(), randn(3))

@@ -554,3 +554,18 @@ def test_threads_do_not_disturb_each_other() -> None:
         assert not thread.is_alive()
     assert faults == []
     assert len(traits._known) <= traits._LISTS
+
+
+@pytest.mark.parametrize("kernel", ["single", "foreach", "fused"])
+def test_inference_tensors_are_not_taken_for_ordinary_ones_seen_in_inference_mode(kernel: Any) -> None:
+    hparams, params, grads = AdamHparams(lr=0.1), [torch.ones(7)], [torch.ones(7)]
+    state = adam_init(params, hparams)
+    with torch.inference_mode():
+        adam_update(params, grads, state, hparams, kernel=kernel)
+        made_here = [torch.ones(7)]
+        state_here = adam_init(made_here, hparams)
+    with pytest.raises(RuntimeError, match=r"Cannot donate tensors made under torch\.inference_mode"):
+        adam_update(made_here, [torch.ones(7)], state_here, hparams, kernel=kernel, donate=True)
+    assert made_here[0].tolist() == [1.0] * 7
+    assert state_here.exp_avg[0].tolist() == [0.0] * 7
+    assert state_here.step.shape == ()

@@ -318,3 +318,19 @@ def test_other_errors_are_those_of_adam() -> None:
         transformation.apply_updates({"a": torch.ones(2)}, {"a": torch.ones(2, dtype=torch.complex64)})
     with pytest.raises(RuntimeError, match=r"^Cannot donate"):
         optimizer.update(torch.ones(2, requires_grad=True), optimizer.init(torch.ones(2)), inplace=True)
+
+
+def test_a_state_with_masters_is_refused() -> None:
+    params = torch.ones(2, dtype=torch.bfloat16)
+    state = adam_init(params, AdamHparams(), master_params=True)
+    with pytest.raises(ValueError, match=r"^state.master_params is given, but updates are added to the parameters"):
+        transformation.adam().update(params, state, params)
+
+
+@pytest.mark.parametrize("case", ["overlaps itself", r"shares memory with params\[1\]"])
+def test_updates_in_place_refuse_leaves_that_overlap_and_write_nothing(case: str) -> None:
+    leaf = torch.ones(3)
+    params = [leaf, leaf] if "shares" in case else [leaf, torch.ones(1).expand(3)]
+    with pytest.raises(RuntimeError, match=case):
+        transformation.apply_updates(params, [torch.ones(3), torch.ones(3)], inplace=True)
+    assert leaf.tolist() == [1.0] * 3

@@ -66,7 +66,7 @@ def trees() -> None:
     )
     assert_type(result[1], AdamState)
     explanation = explain(params, params, state, hparams, kernel="single", donate=False, grad_scale=2.0)
-    assert_type(explanation.copies[0].nbytes, int)
+    assert_type(explanation.new_memory[0].nbytes, int)
     assert_type(explanation.groups[0].dtype, torch.dtype)
     assert_type(str(explanation), str)
     assert_type(hparams.amsgrad, bool)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from functional_adam.adapter import _FunctionalAdam
+from functional_adam.adapter import _FunctionalAdam, check_adapter
 
 
 def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:
@@ -34,8 +34,7 @@ def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:
 
     Source: the contract of `torch.Tensor.register_post_accumulate_grad_hook`.
     """
-    if not isinstance(optimizer, _FunctionalAdam):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")
+    check_adapter(optimizer)
 
     def step(param: torch.Tensor) -> None:
         optimizer.step_param(param, param.grad)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_adam.adapter import _FunctionalAdam
+from functional_adam.adapter import _FunctionalAdam, check_adapter
 
 CommHook: TypeAlias = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
 """`hook(state, bucket)`, for `DistributedDataParallel.register_comm_hook`."""
@@ -26,6 +26,9 @@ def hook_then_step(hook: CommHook, optimizer: _FunctionalAdam) -> CommHook:
     Returns:
         A hook of the same kind, for the same state.
 
+    Raises:
+        TypeError: `optimizer` is of another type.
+
     Example:
         >>> from functional_adam.distributed import hook_then_step
         >>> from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -33,6 +36,7 @@ def hook_then_step(hook: CommHook, optimizer: _FunctionalAdam) -> CommHook:
 
     Source: the contract of `torch.nn.parallel.DistributedDataParallel.register_comm_hook`.
     """
+    check_adapter(optimizer)
 
     # DistributedDataParallel looks at these annotations.
     def reduce_and_step(
@@ -78,6 +82,7 @@ def step_in_ddp(
         state: passed to `hook`; by default the process group of `ddp`.
 
     Raises:
+        TypeError: `optimizer` is of another type.
         RuntimeError: `ddp` has a communication hook already.
 
     Example:

@@ -1,13 +1,14 @@
 """A parameter group of a stateful optimizer: its defaults, its hyperparameters, its call of adam_update."""
 
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional_adam.donation import find_overlap
 from functional_adam.hparams import AdamHparams
 from functional_adam.planning import KernelName
 from functional_adam.state import AdamState, adam_init
@@ -76,11 +77,23 @@ class Call(NamedTuple):
         return {place: row.get(name) for place, row in self.rows.items()}
 
 
+def check_apart(calls: Sequence[Call]) -> None:
+    """Raise RuntimeError if a call writes what another reads or writes; what is in one call, the update checks."""
+    written = [(f"params[{i}]", x) for call in calls for i, x in call.params.items()]
+    rows = [(i, name, x) for call in calls for i, row in call.rows.items() for name, x in row.items()]
+    written += [(f"state[params[{i}]][{name!r}]", x) for i, name, x in rows if isinstance(x, Tensor)]
+    read = [(f"grads[{i}]", x) for call in calls for i, x in call.grads.items() if isinstance(x, Tensor)]
+    found = find_overlap([x for _, x in written], [x for _, x in read])
+    if found is not None:
+        first, second = ((written + read)[place][0] for place in found)
+        raise RuntimeError(f"{first} shares memory with {second}: writing one would change the other. Clone it.")
+
+
 def group_call(
     group: Mapping[str, Any], params: dict[int, Tensor], grads: dict[int, Any], state: Mapping[Tensor, dict[str, Any]]
 ) -> Call:
     """What has to be done for `params` of `group`. `state` is read only."""
-    hparams = hparams_of(group)
+    hparams = hparams_of_group(group)
     rows: dict[int, dict[str, Any]] = {}
     for place, param in params.items():
         row = state.get(param)
@@ -93,7 +106,7 @@ def group_call(
     return Call(params, grads, rows, hparams, kernel_of(group))
 
 
-def hparams_of(group: Mapping[str, Any]) -> AdamHparams:
+def hparams_of_group(group: Mapping[str, Any]) -> AdamHparams:
     """The hyperparameters of a group; raise if they are none."""
     return AdamHparams(**{name: group[name] for name in _HPARAMS})
 

@@ -44,7 +44,7 @@ def parts_of(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict
     return list(groups), dict(entries)  # pyright: ignore[reportUnknownArgumentType]
 
 
-def hparams_of(
+def hparams_of_groups(
     groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec
 ) -> AdamHparams:
     """The hyperparameters of all groups; a number in which they differ becomes a tree like params."""
