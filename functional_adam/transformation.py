@@ -98,8 +98,8 @@ def adam(
 
     Raises:
         TypeError: as `AdamHparams`.
-        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: there is weight decay and `params` is None, or the
-            state has master parameters, which updates are not added to.
+        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: there is weight decay and `params` is None,
+            or the state has master parameters, which updates are not added to.
         RuntimeError: from `update` with `inplace`: the gradients or the state are tracked.
 
     Example:
