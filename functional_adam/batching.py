@@ -23,8 +23,8 @@ def run_batched(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The results of `size` members and their batch dimensions. `apply` is the Function, for outer transforms."""
     spec = replace(spec, is_ready=False)  # stacks may lie in memory in any way
-    stacked = [_stack(x, dim, size) for x, dim in zip(flat[: spec.leaf_count], dims, strict=False)]
-    rest = list(zip(flat[spec.leaf_count :], dims[spec.leaf_count :], strict=True))
+    pairs = list(zip(flat, dims, strict=True))
+    stacked, rest = [_stack(x, dim, size) for x, dim in pairs[: spec.leaf_count]], pairs[spec.leaf_count :]
     is_batched = [dim is not None for _, dim in rest]
     out_dims = (0,) * spec.buffer_count
     is_tracked = is_transformed() or requires_grad(x for x in flat if isinstance(x, Tensor))
@@ -33,7 +33,7 @@ def run_batched(
         # One call on the stacked leaves is the batched update.
         arguments = (*stacked, *(x for _, x in shared))
         return (apply(spec, *arguments) if is_tracked else run(spec, arguments)), out_dims
-    scalars = [x if dim is None else x.movedim(dim, 0) for x, dim in rest]
+    scalars = [x for x, _ in rest]  # a batch of scalars has one dimension
     if is_tracked or not all(is_host_value(x) for x in scalars if isinstance(x, Tensor)):
         return tuple(_run_broadcast(spec, size, stacked, scalars, is_batched).flat), out_dims
     if all(is_shared for is_shared, _ in (*shared[1:4], *shared[5:])) and all(x.dtype in _PRECISE for x in stacked):
@@ -87,7 +87,7 @@ def _run_members(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any
     given = unpack(spec, [*stacked, *scalars])
     new, new_steps = given.buffers.map(torch.clone), [step + 1 for step in given.steps]
     numbers: list[list[float]] = []
-    for x, batched in zip(given.numbers, is_batched, strict=False):
+    for x, batched in zip(given.numbers, is_batched[:5], strict=True):
         value: Any = cast("Any", x).tolist() if isinstance(x, Tensor) else x
         numbers.append(value if batched else [value] * size)
     sets: dict[Scalars, Scalars] = {}

@@ -65,9 +65,8 @@ def unpack(spec: Spec, flat: Sequence[Any]) -> Parts:
 def unpack_buffers(spec: Spec, flat: Sequence[Any]) -> Buffers:
     """The buffers of a flat list that begins with them."""
     n = spec.count
-    columns = [list(flat[i * n : (i + 1) * n]) for i in range(3)]
-    maxima = list(flat[3 * n : 4 * n]) if spec.amsgrad else []
-    return Buffers(columns[0], columns[1], columns[2], maxima)
+    params, exp_avgs, exp_avg_sqs, maxima = (list(flat[i * n : (i + 1) * n]) for i in range(4))
+    return Buffers(params, exp_avgs, exp_avg_sqs, maxima if spec.amsgrad else [])
 
 
 def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:

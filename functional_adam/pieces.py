@@ -23,20 +23,20 @@ def flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
 
 def cut_into_pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[Piece]:
     """All elements of `leaves`; those with steps of their own, and those that are cut, are kept apart."""
-    pieces: list[Piece] = []
-    room = 0
+    joined: list[Piece] = []
+    cut: list[Piece] = []
+    room = -1  # nothing fits, not even an empty leaf
     for index, leaf in enumerate(leaves):
         count = leaf.numel()
-        is_cut = count > _PIECE
-        room = room if is_step_shared and not is_cut else -1
-        for start in range(0, max(count, 1), _PIECE):
-            stop = min(count, start + _PIECE)
-            if stop - start > room or not pieces:
-                pieces.append([])
-                room = _PIECE
-            pieces[-1].append((index, start, stop))
-            room = -1 if is_cut else room - (stop - start)
-    return pieces
+        if count > _PIECE:
+            cut += [[(index, start, min(count, start + _PIECE))] for start in range(0, count, _PIECE)]
+            continue
+        if count > room or not is_step_shared:
+            joined.append([])
+            room = _PIECE
+        joined[-1].append((index, 0, count))
+        room -= count
+    return joined + cut
 
 
 def join(piece: Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, Any]:

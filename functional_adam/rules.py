@@ -42,7 +42,7 @@ def differentiable_update(
     real_grads = grads if is_real else [as_real(grad.to(dtype)) for grad in grads]
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
-        scale = grad_scale.to(device=grads[0].device, dtype=wide)
+        scale = grad_scale.to(grads[0].device)
         real_grads = [(grad.to(wide) / scale).to(grad.dtype) for grad in real_grads]
     flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
     spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
@@ -66,7 +66,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, flat = inputs[0], inputs[1:]
-        numbers = flat[spec.leaf_count : spec.leaf_count + 5]
+        numbers = unpack(spec, flat).numbers
         ctx.spec = spec
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
         # Backward reads parameters only through a weight decay.
@@ -85,16 +85,16 @@ class _Update(torch.autograd.Function):
         wanted, reached = _wanted(ctx)
         incoming = unpack_buffers(spec, cotangents)
 
+        of_numbers: list[Any] = [None] * 5
+        of_steps: list[Any] = [None] * len(steps)
         columns, incoming_columns = flattened((*buffers, grads)), flattened(incoming)
         if not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed()):
             local = [local_scalars(h, _value(step) + 1) for step in steps]
             if not any(isinstance(x, Tensor) for x in local[0]) and not any(map(is_batched_by_engine, cotangents)):
                 outgoing = _plain_vjp(columns, incoming_columns, h, local)
-                return (None, *put_together(outgoing, grads), *[None] * (5 + len(steps)))
+                return (None, *put_together(outgoing, grads), *of_numbers, *of_steps)
 
         outgoing: Columns = [[[] for _ in grads] for _ in range(5)]
-        of_numbers: list[Any] = [None] * 5
-        of_steps: list[Any] = [None] * len(steps)
         for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
             k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
@@ -121,7 +121,7 @@ class _Update(torch.autograd.Function):
         h = spec.scalars(numbers)
         buffer_tangents, grad_tangents, number_tangents, step_tangents = unpack(spec, tangents)
         columns, direction = flattened((*buffers, grads)), flattened((*buffer_tangents, grad_tangents))
-        new: Columns = [[[] for _ in grads] for _ in range(4 if spec.amsgrad else 3)]
+        new: Columns = [[[] for _ in grads] for _ in range(4)]
         for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
             k = 0 if len(steps) == 1 else piece[0][0]
             t = _value(steps[k]) + 1
@@ -130,9 +130,9 @@ class _Update(torch.autograd.Function):
             directions = Numbers(*(None if x is None else precise(x) for x in (*number_tangents, step_tangents[k])))
             local = numbers_jvp(h, t, directions)
             row = leaf_jvp(point, join(piece, direction), local, leaf[0])
-            for column, value in zip(new, row, strict=False):
+            for column, value in zip(new, row, strict=True):
                 split(piece, value, column)
-        return tuple(put_together(new, grads))
+        return tuple(put_together(new if spec.amsgrad else new[:3], grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -187,7 +187,7 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
             # What a large leaf is cut into is written to its place at once.
             wide = torch.promote_types(grads[index].dtype, torch.float32)
             for column in outgoing if is_decayed else outgoing[1:]:
-                column[index].append(empty_like(incoming[0][index], wide))
+                column[index].append(empty_like(grads[index], wide))
         places = [column[index][0][start:stop] if is_cut else None for column in outgoing]
         at_step = local[0 if len(local) == 1 else index]
         values = plain_leaf_vjp(join(piece, columns), join(piece, incoming), h, at_step, places[1:])
@@ -226,8 +226,6 @@ def _plus(x: Any, y: Any) -> Any:
 
 
 def _as(cotangent: Any, like: Any) -> Any:
-    return (
-        None
-        if cotangent is None or not isinstance(like, Tensor)
-        else cotangent.to(device=like.device, dtype=like.dtype)
-    )
+    if cotangent is None or not isinstance(like, Tensor):
+        return None
+    return cotangent.to(device=like.device, dtype=like.dtype)

@@ -1,6 +1,7 @@
 """Derivatives and batching by hand around every kernel: right to second order, finite, and no more than is needed."""
 
 import math
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -24,7 +25,7 @@ import functional_adam.rules
 import functional_adam.update
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from functional_adam.equations import Scalars, update_leaf
-from tests.tolerances import assert_close, assert_equal
+from tests.tolerances import assert_close, assert_equal, assert_rounded_once
 
 DOUBLE = torch.float64
 KERNELS = ("single", "foreach", "fused")
@@ -312,36 +313,42 @@ def test_derivatives_of_float32_leaves_hold_over_the_whole_range(kernel: str, ma
 
 
 class Arithmetic(TorchDispatchMode):
-    """How many elements each product has that is computed under it."""
+    """The operations that run under it and give a tensor that is no number, with how many elements it has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []
+        self.ran: list[tuple[Any, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_) and result.dim():
-            self.sizes.append(result.numel())
+        if isinstance(result, Tensor) and result.dim():
+            self.ran.append((func.overloadpacket, result.numel()))
         return result
 
 
-def products(*shapes: tuple[int, ...], numbers: str, mode: str) -> list[int]:
-    """The sizes of all products in one derivative of an update of leaves of `shapes`."""
+def operations(*shapes: tuple[int, ...], numbers: str, mode: str) -> list[tuple[Any, int]]:
+    """The operations in one derivative of an update of leaves of `shapes`."""
     at = make_point(*shapes, amsgrad=False)
     at = at if numbers == "tensors" else without_numbers(at)
     counted = Arithmetic()
-    if mode == "reverse":
+    if mode != "forward":
         leaves = [x.requires_grad_() for x in optree.tree_leaves(at) if isinstance(x, Tensor)]
         outputs = updated(at, "fused")
         cotangents = fixed(outputs)
         with counted:
-            torch.autograd.grad(outputs, leaves, cotangents)
-        return counted.sizes
+            torch.autograd.grad(outputs, leaves, cotangents, create_graph=mode == "reverse_twice")
+        return counted.ran
     with forward_ad.dual_level():
         duals = torch_pytree.tree_map_only(Tensor, lambda x: forward_ad.make_dual(x, torch.ones_like(x)), at)
         with counted:
             updated(duals, "fused")
-    return counted.sizes
+    return counted.ran
+
+
+def products(*shapes: tuple[int, ...], numbers: str, mode: str) -> list[int]:
+    """The sizes of all products in one derivative of an update of leaves of `shapes`."""
+    multiply = torch.ops.aten.mul, torch.ops.aten.mul_
+    return [size for func, size in operations(*shapes, numbers=numbers, mode=mode) if func in multiply]
 
 
 @pytest.mark.parametrize("numbers", ["tensors", "floats"])
@@ -350,6 +357,8 @@ def test_small_leaves_are_joined_and_large_ones_cut(numbers: str, mode: str) -> 
     few, many = (products(*[(2, 3)] * count, numbers=numbers, mode=mode) for count in (2, 20))
     assert [10 * size for size in few] == many
     assert products((CUT // 2,), (CUT // 2,), numbers=numbers, mode=mode) == [CUT] * len(few)
+    three = products((CUT // 2,), (CUT // 2,), (CUT // 2,), numbers=numbers, mode=mode)
+    assert three == [CUT] * len(few) + [CUT // 2] * len(few)
     too_many = products((CUT // 2,), (CUT // 2 + 1,), numbers=numbers, mode=mode)
     assert too_many == [CUT // 2] * len(few) + [CUT // 2 + 1] * len(few)
     assert products((2 * CUT + 1,), numbers=numbers, mode=mode) == [CUT] * 2 * len(few) + [1] * len(few)
@@ -367,8 +376,11 @@ def test_the_parts_of_a_leaf_that_is_cut_evenly_are_each_in_their_place(numbers:
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
-def test_derivatives_have_the_dtypes_of_what_they_belong_to(kernel: str, dtype: torch.dtype) -> None:
-    at = without_numbers(make_point((3,), (2, 2), dtype=torch.promote_types(dtype, torch.float32), amsgrad=False))
+@pytest.mark.parametrize("shapes", [((3,),), ((3,), (2, 2))], ids=["alone", "joined"])
+def test_derivatives_have_the_dtypes_of_what_they_belong_to(
+    kernel: str, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    at = without_numbers(make_point(*shapes, dtype=torch.promote_types(dtype, torch.float32), amsgrad=False))
     tensors = [[x.to(dtype) for x in column] for column in at[:4]]
 
     def run(*columns: list[Tensor]) -> list[Tensor]:
@@ -380,9 +392,79 @@ def test_derivatives_have_the_dtypes_of_what_they_belong_to(kernel: str, dtype: 
 
 
 @each_kernel
+def test_tangents_have_the_dtypes_of_leaves_that_differ_in_theirs(kernel: str) -> None:
+    dtypes = torch.bfloat16, torch.float16, torch.float16, torch.float16
+    at = without_numbers(make_point((3,), dtype=torch.float32, amsgrad=False))
+    columns = [[column[0].to(dtype)] for column, dtype in zip(at[:4], dtypes, strict=True)]
+
+    def run(*columns: list[Tensor]) -> list[Tensor]:
+        return updated(at._replace(**dict(zip(Point._fields, columns, strict=False))), kernel)
+
+    outputs, tangents = jvp(run, tuple(columns), tuple(columns))
+    assert [x.dtype for x in tangents] == [x.dtype for x in outputs] == [*dtypes[:3]]
+
+
+@each_kernel
+@pytest.mark.parametrize("variant", ["coupled", "all_flags"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shapes", [((40,),), ((3,), (6, 6))], ids=["alone", "joined"])
+@pytest.mark.parametrize("numbers", ["tensors", "floats"])
+def test_derivatives_of_half_leaves_are_rounded_once(
+    kernel: str, variant: str, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], numbers: str
+) -> None:
+    flags = VARIANTS[variant]
+    at = make_point(*shapes, dtype=torch.float32, amsgrad=flags.get("amsgrad", False))
+    at = at if numbers == "tensors" else without_numbers(at)
+    half, rest = [[x.to(dtype) for x in column] for column in at[:5]], at[5:]
+    wide = [[x.double() for x in column] for column in half]
+    cotangents = fixed(updated(Point(*half, *rest), kernel, **flags))
+
+    leaves = [x.requires_grad_() for x in optree.tree_leaves(half)]
+    got = torch.autograd.grad(updated(Point(*half, *rest), kernel, **flags), leaves, cotangents)
+    _, pull = vjp(lambda *columns: by_equations(Point(*columns, *rest), **flags), *wide)
+    assert_rounded_once(got, tuple(optree.tree_leaves(pull([x.double() for x in cotangents]))))
+
+
+@pytest.mark.parametrize("numbers", ["tensors", "floats"])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_a_leaf_alone_is_neither_copied_nor_cut(numbers: str, mode: str) -> None:
+    ran = {func for func, _ in operations((CUT,), numbers=numbers, mode=mode)}
+    assert ran
+    assert not ran & {torch.ops.aten.cat, torch.ops.aten.slice, torch.ops.aten.clone, torch.ops.aten._to_copy}
+
+
+def test_a_derivative_that_none_may_follow_takes_half_the_products() -> None:
+    last, full = (products((2, 3), numbers="floats", mode=mode) for mode in ("reverse", "reverse_twice"))
+    assert 0 < 2 * len(last) <= len(full)
+
+
+def test_what_a_large_leaf_is_cut_into_is_written_to_its_place_at_once() -> None:
+    ran = {func for func, _ in operations((2 * CUT + 1,), numbers="floats", mode="reverse")}
+    assert torch.ops.aten.slice in ran
+    assert torch.ops.aten.cat not in ran
+
+
+@each_kernel
+@pytest.mark.parametrize("shapes", [((5,),), ((CUT + 1,),), ((3,), (2, 2))], ids=["alone", "cut", "joined"])
+def test_without_a_weight_decay_the_cotangent_of_a_parameter_is_handed_on(
+    kernel: str, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    at = without_numbers(make_point(*shapes, amsgrad=False), weight_decay=0.0)
+    params = [p.requires_grad_() for p in at.params]
+    new = updated(at, kernel)[: len(params)]
+    cotangents = fixed(new)
+    got = torch.autograd.grad(new, params, cotangents)
+    assert_equal(got, tuple(cotangents))
+    assert [x.data_ptr() for x in got] == [x.data_ptr() for x in cotangents]
+
+
+@each_kernel
 @pytest.mark.parametrize("per_leaf_step", [False, True])
-def test_steps_alone_are_differentiated_twice(kernel: str, per_leaf_step: bool) -> None:
-    at = without_numbers(make_point((3,), (2, 2), amsgrad=False))
+@pytest.mark.parametrize("shapes", [((3,), (2, 2)), ((CUT + 1,), (3,))], ids=["joined", "cut"])
+def test_steps_alone_are_differentiated_twice(
+    kernel: str, per_leaf_step: bool, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    at = without_numbers(make_point(*shapes, amsgrad=False))
     scalars = Scalars(*at[5:], amsgrad=False, maximize=False, decoupled_weight_decay=False)
     steps = [torch.tensor(3.0 + i, requires_grad=True) for i in range(1 + per_leaf_step)]
 
@@ -413,6 +495,28 @@ def test_what_was_written_to_before_the_backward_pass_is_noticed(kernel: str, na
         optree.tree_leaves(getattr(at, name))[0].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(outputs, leaves, fixed(outputs))
+
+
+@each_kernel
+def test_a_number_is_let_go_with_the_graph(kernel: str) -> None:
+    at = make_point((3,), amsgrad=False)
+    lr = at.lr.clone()
+    number = weakref.ref(lr)
+    leaf = at.params[0].requires_grad_()
+    outputs = updated(at._replace(lr=lr), kernel)
+    del lr
+    assert number() is not None
+    torch.autograd.grad(outputs[0].sum(), leaf)
+    assert number() is None
+
+
+@pytest.mark.parametrize("kernel", ["single", "foreach"])
+def test_derivatives_of_leaves_without_values_read_no_number(kernel: str) -> None:
+    param = torch.ones(3, device="meta", requires_grad=True)
+    hparams = AdamHparams(lr=torch.tensor(0.1, device="meta", requires_grad=True))
+    new, _ = adam_update(param, param.detach(), adam_init(param, hparams), hparams, kernel=kernel)
+    got = torch.autograd.grad(new, (param, hparams.lr), torch.empty_like(new))
+    assert [(x.device.type, x.shape) for x in got] == [("meta", (3,)), ("meta", ())]
 
 
 # Training runs as differentiable functions.
@@ -943,6 +1047,90 @@ def test_derivatives_of_members_equal_those_of_a_loop(kernel: str, case: str, mo
 
 
 @each_kernel
+@pytest.mark.parametrize("case", ["lr", "weight_decay", "everything"])
+@pytest.mark.parametrize("weight_decay", [0.2, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_members_that_maximize_and_decay_equal_a_loop(
+    kernel: str, case: str, weight_decay: float, dtype: torch.dtype, decoupled: bool
+) -> None:
+    flags = {"maximize": True, "decoupled_weight_decay": decoupled}
+    (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])
+    numbers = {**numbers, "weight_decay": numbers["weight_decay"] + weight_decay}
+    leaves, moments = torch_pytree.tree_map(lambda x: x.to(dtype), (leaves, state[1:3]))
+    arguments = (*leaves, AdamState(state.step, *moments), numbers, options)
+    run = partial(update_member, kernel=kernel, **flags)
+    got, expected = vmap(run, in_dims=dims)(*arguments), looped(run, arguments, dims)
+    assert_close(got, expected)
+    assert {x.dtype for x in optree.tree_leaves((got[0], got[1][1:]))} == {dtype}
+
+
+@each_kernel
+@pytest.mark.parametrize("case", ["step", "everything"])
+def test_derivatives_of_members_with_a_step_a_leaf_equal_those_of_a_loop(kernel: str, case: str) -> None:
+    arguments, dims = make_batch(BATCHED[case], per_leaf_step=True)
+
+    def loss(grads: Any, params: Any, state: AdamState, numbers: Any, options: Any) -> Tensor:
+        new = update_member(params, grads, state, numbers, options, kernel=kernel)
+        return weighted(optree.tree_leaves((new[0], new[1][1:])))
+
+    (params, grads, *rest), (params_dims, grads_dims, *rest_dims) = arguments, dims
+    given, given_dims = (grads, params, *rest), (grads_dims, params_dims, *rest_dims)
+    expected = looped(grad(loss), given, given_dims)
+    assert_close(vmap(grad(loss), in_dims=given_dims)(*given), expected)
+    assert_close(grad(lambda *given: vmap(loss, in_dims=given_dims)(*given).sum())(*given), expected)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [("equal_steps", 1), ("lr", 1), ("weight_decay", 1), ("step", SIZE), ("eps", SIZE), ("everything", SIZE)],
+)
+def test_members_are_taken_apart_only_where_a_kernel_cannot_take_them_together(
+    kernel: str, dtype: torch.dtype, case: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    run_kernel = functional_adam.packing.run_kernel
+
+    def spied(name: str, buffers: Any, *arguments: Any, **options: Any) -> None:
+        calls.append((name, len(buffers.params)))
+        run_kernel(name, buffers, *arguments, **options)
+
+    for module in (functional_adam.packing, functional_adam.batching):
+        monkeypatch.setattr(module, "run_kernel", spied)
+    (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])
+    leaves, moments = torch_pytree.tree_map(lambda x: x.to(dtype), (leaves, state[1:3]))
+    arguments = (*leaves, AdamState(state.step, *moments), numbers, options)
+    vmap(partial(update_member, kernel=kernel), in_dims=dims)(*arguments)
+    # A direction in a half type would be rounded before its length is applied.
+    is_apart = dtype is torch.bfloat16 and case in ("lr", "weight_decay")
+    assert calls == [(kernel, len(SHAPES) * (SIZE if is_apart else count))]
+
+
+@each_kernel
+def test_members_of_one_step_are_together_within_a_derivative(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run_kernel = functional_adam.packing.run_kernel
+
+    def spied(name: str, buffers: Any, *arguments: Any, **options: Any) -> None:
+        calls.append(len(buffers.params))
+        run_kernel(name, buffers, *arguments, **options)
+
+    monkeypatch.setattr(functional_adam.packing, "run_kernel", spied)
+    hparams = AdamHparams(lr=0.1)
+
+    def trained(params: list[Tensor]) -> Tensor:
+        state = vmap(lambda p: adam_init(p, hparams))(params)
+        for _ in range(2):
+            params, state = vmap(lambda p, s: adam_update(p, p, s, hparams, kernel=kernel))(params, state)
+        return weighted(params)
+
+    grad(trained)(make_point(*((SIZE, *shape) for shape in SHAPES)).params)
+    assert calls == [len(SHAPES)] * 2
+
+
+@each_kernel
 @pytest.mark.parametrize("case", ["members", "step", "numbers", "everything"])
 def test_second_derivatives_of_members_equal_those_of_a_loop(kernel: str, case: str) -> None:
     arguments, dims = make_batch(BATCHED[case])
@@ -1036,6 +1224,31 @@ def test_members_that_started_together_keep_one_step_in_memory(
         for i in range(SIZE):
             loop[i], states[i] = adam_update(loop[i], [g[i] for g in grads], states[i], hparams, kernel=kernel)
     assert_close((params, state), torch_pytree.tree_map(lambda *xs: torch.stack(xs), *zip(loop, states, strict=True)))
+
+
+@each_kernel
+def test_scales_of_members_may_be_beyond_their_half_type(kernel: str) -> None:
+    param, gradient = torch.linspace(-1, 1, 5).half(), torch.linspace(1e4, 6e4, 5).half()
+    state, scales = adam_init(param, AdamHparams()), torch.tensor([2.0**16, 2.0**17])
+
+    def run(scale: Tensor) -> Tensor:
+        return adam_update(param, gradient, state, AdamHparams(), kernel=kernel, grad_scale=scale)[1].exp_avg
+
+    expected = torch.stack([run(scale) for scale in scales])
+    assert (expected > 0).all()
+    assert_equal(vmap(run)(scales), expected)
+
+
+@each_kernel
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_an_ensemble_of_one_is_its_member(kernel: str, per_leaf_step: bool) -> None:
+    at, hparams = make_point((1, 3), (1, 2, 2)), AdamHparams(lr=0.1)
+    state = vmap(lambda p: adam_init(p, hparams, per_leaf_step=per_leaf_step))(at.params)
+    new, state = vmap(partial(adam_update, hparams=hparams, kernel=kernel))(at.params, at.grads, state)
+    alone = [p[0] for p in at.params]
+    expected = adam_init(alone, hparams, per_leaf_step=per_leaf_step)
+    expected = adam_update(alone, [g[0] for g in at.grads], expected, hparams, kernel=kernel)
+    assert_close((new, state), torch_pytree.tree_map(lambda x: x.unsqueeze(0), expected))
 
 
 @each_kernel
