@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
+from functional_adam.layouts import foreign_layout
 from functional_adam.tracking import is_readable, is_tracing
 
 Scalar: TypeAlias = float | Tensor
@@ -113,8 +114,8 @@ def check_scalar(value: Any, where: str) -> None:
 
 def number_fault(tensor: Tensor) -> str | None:
     """Why `tensor` holds no numbers to compute with, or None."""
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        layout = "nested" if tensor.is_nested else str(tensor.layout)
+    layout = foreign_layout(tensor)
+    if layout:
         return f"has the layout {layout}. Expected a number or a dense tensor."
     if tensor.dtype not in _NUMBER_DTYPES:
         return f"is a tensor of {tensor.dtype}. Expected a real tensor: convert it first."

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def foreign_layout(x: Tensor) -> str | None:
+    """The name of a layout that is not strided: sparse, nested, and their like; else None."""
+    return "nested" if x.is_nested else None if x.layout is torch.strided else str(x.layout)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether the elements of `x` fill a block of memory, in any order of dimensions, without gap or overlap."""
     if x.is_contiguous():

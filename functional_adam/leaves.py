@@ -8,6 +8,7 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.equations import Row
+from functional_adam.layouts import foreign_layout
 from functional_adam.trees import path_of
 
 DTYPES = frozenset(
@@ -154,8 +155,8 @@ def tensor_fault(tensor: Any) -> str | None:
     """Why `tensor` cannot be a leaf, or None."""
     if not isinstance(tensor, Tensor):
         return f"is of type {type(tensor).__name__}. Expected a tensor."
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        layout = "nested" if tensor.is_nested else str(tensor.layout)
+    layout = foreign_layout(tensor)
+    if layout:
         return f"has the layout {layout}. Expected a dense tensor: convert it with .to_dense() or take it out."
     if tensor.dtype not in DTYPES:
         return f"is of {tensor.dtype}. Expected a floating or complex dtype: convert it or take it out."

@@ -568,7 +568,6 @@ def test_steps_of_cuda_parameters_live_on_the_device(kernel: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_kernel
 @each_twin
 def test_cuda_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: Any, kernel: str) -> None:

@@ -625,7 +625,6 @@ def test_a_donated_step_is_all_on_the_device_and_in_its_memory(name: str, kernel
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     @each_option
     @each_kernel

@@ -308,7 +308,6 @@ def test_every_foreach_operation_is_of_one_dtype(decoupled: bool, dtype: torch.d
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestCuda:
     @every_donate
     @real_dtypes
