@@ -117,12 +117,10 @@ def test_import_graph_has_no_cycle():
 
 
 @pytest.mark.parametrize("module", [name for name in IMPORTS if name not in PACKAGES])
-def test_each_module_says_what_it_is_for_and_stays_small(module: str):
-    text = source_of(module)
-    docstring = ast.get_docstring(ast.parse(text))
+def test_each_module_says_what_it_is_for(module: str):
+    docstring = ast.get_docstring(ast.parse(source_of(module)))
     assert docstring
     assert docstring.splitlines()[0].endswith((".", "?"))
-    assert len(text.splitlines()) <= 250
 
 
 @pytest.mark.parametrize(("owner", "names"), PRIVATE_TORCH.items())
