@@ -56,8 +56,8 @@ VARIANTS = (
     Variant("float32", "C5", "-", 5, torch.float32, torch.float32),
     Variant("bfloat16", "C4", "-", 1.5, torch.bfloat16, torch.bfloat16),
     Variant("bfloat16, float32 moments", "C1", "--", 1.5, torch.bfloat16, torch.float32),
-    Variant("bfloat16, masters", "C2", "-.", 1.5, torch.bfloat16, torch.bfloat16, master_params=True),
-    Variant("bfloat16, masters, float32 moments", "C0", "--", 1.5, torch.bfloat16, torch.float32, master_params=True),
+    Variant("bfloat16, masters, bfloat16 moments", "C2", "-.", 1.5, torch.bfloat16, torch.bfloat16, master_params=True),
+    Variant("bfloat16, masters", "C0", "--", 1.5, torch.bfloat16, torch.float32, master_params=True),
 )
 
 

@@ -45,7 +45,7 @@ def select_way(given: Arguments, kernel: str, *, donate: bool) -> Way:
         scalars = _read_scalars(given)
         sets = scalars[:1] if len(given.scalar_sets) == 1 else [*{id(h): h for h in scalars}.values()]
         chosen = select_kernel(kernel, devices, sets)
-        check_numbers(chosen, sets, given.steps)
+        check_numbers(sets, given.steps)
         return Way(None, chosen, scalars, _read(given.grad_scale), _read(given.found_inf))
     check_unsharded(given.buffers, watched_by, given.treespec)
     # torch has a silent zero for forward over forward mode through any autograd.Function.

@@ -60,7 +60,7 @@ def run_single(batch: Batch) -> None:
         if u is not None:
             torch.maximum(u, v, out=u)
         denominator = ((v if u is None else u).sqrt() / root_correction).add_(eps)
-        p.addcdiv_(m, denominator, value=_saturated(-step_size, p.dtype))
+        p.addcdiv_(m, denominator, value=_saturated(-step_size, _scalar_dtype(p.dtype)))
 
 
 def run_foreach(batch: Batch) -> None:
@@ -70,6 +70,7 @@ def run_foreach(batch: Batch) -> None:
     p, m, v, u = batch.buffers
     g = batch.grads
     dtype = p[0].dtype
+    wide = _scalar_dtype(dtype)
 
     def scalar(x: Scalar) -> Scalar:
         return x.to(dtype) if isinstance(x, Tensor) else x
@@ -110,10 +111,10 @@ def run_foreach(batch: Batch) -> None:
     ops._foreach_add_(denominator, [scalar(h.eps)] * len(p) if isinstance(h.eps, Tensor) else h.eps)
     if isinstance(step_sizes[0], Tensor):
         change = ops._foreach_div(m, denominator)
-        ops._foreach_mul_(change, [scalar(x) for x in step_sizes])
+        ops._foreach_mul_(change, [cast("Tensor", x).to(wide) for x in step_sizes])
         ops._foreach_sub_(p, change)
     else:
-        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-x, dtype) for x in step_sizes])
+        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-x, wide) for x in step_sizes])
 
 
 def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
@@ -141,6 +142,11 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
+
+
+def _scalar_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch's operations on tensors of `dtype` take their scalars; `add(alpha=)` takes `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _saturated(x: float, dtype: torch.dtype) -> float:

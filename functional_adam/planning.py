@@ -12,7 +12,7 @@ from functional_adam.kernels import Batch, missing_operation, run_foreach, run_f
 from functional_adam.layouts import is_laid_out_like
 from functional_adam.leaves import Buffers
 from functional_adam.recycling import empty_like
-from functional_adam.tracking import is_host_memory, is_readable
+from functional_adam.tracking import is_host_memory, readable
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
@@ -54,20 +54,19 @@ def select_kernel(kernel: str, devices: set[torch.device], scalars: Sequence[Sca
     return kernel
 
 
-def check_numbers(kernel: str, scalars: Iterable[Scalars], steps: Iterable[Tensor]) -> None:
-    """Raise ValueError where Python's arithmetic would fail in the middle of an update; that of tensors does not.
+def check_numbers(scalars: Iterable[Scalars], steps: Sequence[Tensor]) -> None:
+    """Raise ValueError for betas and steps, as far as they can be read, that have no bias correction.
 
-    `steps` do not count this update yet.
+    The kernels would fail in the middle of an update, or give NaN. `steps` do not count this update yet.
     """
-    if kernel == "fused":
-        return
     for h in scalars:
         for name, beta in (("betas[0]", h.beta1), ("betas[1]", h.beta2)):
             if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
                 raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
-    for step in steps:
-        if is_readable(step) and not step.item() >= 0:
-            raise ValueError(f"state.step is {step.item():g}. Expected a number of updates >= 0.")
+    known = readable(steps)
+    least = (known[0] if len(known) == 1 else torch.stack(known).amin()).item() if known else 0
+    if not least >= 0:  # which NaN is not
+        raise ValueError(f"state.step is {least:g}. Expected a number of updates >= 0.")
 
 
 class Group(NamedTuple):
@@ -160,7 +159,8 @@ def run_kernel(
                     grad.div_(scale)
             (run_single if kernel == "single" else run_foreach)(batch)
         for buffer, copy in copies:
-            buffer.copy_(copy if found is None else torch.where(found, buffer, copy))
+            new = copy if found is None else torch.where(found, buffer, copy)
+            buffer.copy_(new.to(buffer.dtype) if buffer.is_neg() else new)  # as above
 
 
 def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:
@@ -178,7 +178,8 @@ def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:
     def ready(x: Tensor, param: Tensor, *, is_grad: bool = False) -> Tensor:
         if plan.why_copied(x, param, is_grad=is_grad) is None:
             return as_real(x)
-        copy = empty_like(param, plan.dtype).copy_(x)
+        # Between float16 and float32, torch's copy_ ignores the negative bit.
+        copy = empty_like(param, plan.dtype).copy_(x.resolve_neg())
         if not is_grad:
             copies.append((x, copy))
         return as_real(copy)

@@ -52,15 +52,16 @@ def adam_init(
 ) -> AdamState:
     """The state before the first update: step 0, all moments 0.
 
-    Moments have the shape, device, layout (and DTensor placement) of their parameters, and their dtype, unless
-    `moment_dtype` says otherwise. An update computes in the wider of both.
+    Moments have the shape, device, layout (and DTensor placement) of their parameters. Their dtype is that of the
+    parameter, or of its master copy if it has one, unless `moment_dtype` is given. An update computes in the wider of
+    both.
 
     Args:
         params: pytree of floating or complex tensors of any shape, in units U.
         hparams: decides, by `amsgrad`, whether the largest exp_avg_sq is kept.
         per_leaf_step: count updates leaf by leaf. Needed when leaves live on several devices, and for gradients
             that are None, whose leaves then stand still.
-        moment_dtype: floating dtype of the moments; those of complex parameters have its complex form.
+        moment_dtype: floating dtype of all moments; those of complex parameters have its complex form.
         master_params: keep float32 copies of parameters of less precision. The copies are updated, and the parameters
             are the copies, rounded: changes too small for the parameters add up.
 
@@ -100,7 +101,7 @@ def adam_init(
                         "pass per_leaf_step=True."
                     )
             step = _zero_step(device)
-        dtypes = [_moment_dtype(leaf, moment_dtype) for leaf in leaves]
+        dtypes = [_moment_dtype(leaf, moment_dtype, has_master=master_params) for leaf in leaves]
 
         def zeros() -> TensorTree:
             return treespec.unflatten([torch.zeros_like(x, dtype=d) for x, d in zip(leaves, dtypes, strict=True)])
@@ -118,9 +119,9 @@ def _zero_step(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
-def _moment_dtype(param: Tensor, chosen: Any) -> torch.dtype:
+def _moment_dtype(param: Tensor, chosen: Any, *, has_master: bool) -> torch.dtype:
     if chosen is None:
-        return param.dtype
+        return MASTER_DTYPES.get(param.dtype, param.dtype) if has_master else param.dtype
     if not isinstance(chosen, torch.dtype) or chosen not in DTYPES or chosen.is_complex:
         raise TypeError(f"moment_dtype is {chosen!r}. Expected a floating dtype, such as torch.float32, or None.")
     if not param.is_complex():

@@ -61,7 +61,15 @@ def is_constant(tensor: Tensor) -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the value can be read now, for free, and without hiding it from anybody who watches."""
-    return is_host_value(tensor) and not is_transformed() and not requires_grad((tensor,))
+    return bool(readable((tensor,)))
+
+
+def readable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of `tensors` that are readable, as `is_readable` says."""
+    if is_tracing() or is_transformed():
+        return []
+    is_recorded = torch.is_grad_enabled()
+    return [x for x in tensors if is_host_memory(x) and not _is_wrapped(x) and not (is_recorded and x.requires_grad)]
 
 
 def is_batched_by_engine(tensor: Tensor) -> bool:

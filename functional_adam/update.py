@@ -149,7 +149,7 @@ def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[lis
     for index, old in given.narrow.items():
         masters[index] = wide[index]
         # Where nothing moves, nothing is rounded either.
-        new = old if given.grads[index] is None else _where(given.found_inf, old, wide[index].to(old.dtype))
+        new = old if given.grads[index] is None else _where(given.found_inf, wide[index].to(old.dtype), old)
         params[index] = release([old.copy_(new)])[0] if donate else new.clone() if new is old else new
     return params, masters
 
@@ -157,37 +157,33 @@ def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[lis
 def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
     """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
     found_inf = given.found_inf
-    rows = [*given.buffers.rows()]
-    # Where nothing may change, no infinity may reach a derivative either.
-    grads = {
-        index: grad if found_inf is None else torch.where(found_inf.to(grad.device), 0, grad)
-        for index, grad in enumerate(given.grads)
-        if grad is not None
-    }
+    # What a skipped update computes is not used, but a derivative of 0 times infinity would be NaN: it computes on 1.
+    buffers = given.buffers if found_inf is None else given.buffers.map(lambda x: _where(found_inf, x, 1))
+    scale = None if given.grad_scale is None else _where(found_inf, given.grad_scale, 1)
+    rows = [*buffers.rows()]
+    grads = {i: _where(found_inf, grad, 1) for i, grad in enumerate(given.grads) if grad is not None}
     if way.kernel == EQUATIONS:
         steps = [step + 1 for step in given.steps]
         for index, grad in grads.items():
             step = steps[0 if given.is_step_shared else index]
-            rows[index] = update_leaf(rows[index], grad, step, given.scalars[index], given.grad_scale)
+            rows[index] = update_leaf(rows[index], grad, step, given.scalars[index], scale)
     else:
         steps = [advance(step) for step in given.steps]
         traits = given.traits
         if traits is not None and given.has_all_grads and found_inf is None and len(given.scalar_sets) == 1:
             every, h = [*grads.values()], given.scalar_sets[0]
-            new = differentiable_update(
-                way.kernel, given.buffers, every, given.steps, h, given.grad_scale, is_ready=traits.is_ready
-            )
+            new = differentiable_update(way.kernel, buffers, every, given.steps, h, scale, is_ready=traits.is_ready)
             return new, steps
         moving = [*grads]
-        for group in group_leaves(given.buffers.take(moving), [given.scalars[i] for i in moving]):
+        for group in group_leaves(buffers.take(moving), [given.scalars[i] for i in moving]):
             indices = [moving[i] for i in group.indices]
             new = differentiable_update(
                 way.kernel,
-                given.buffers.take(indices),
+                buffers.take(indices),
                 [grads[i] for i in indices],
                 given.steps if given.is_step_shared else [given.steps[i] for i in indices],
                 given.scalars[indices[0]],
-                given.grad_scale,
+                scale,
                 is_ready=False,
             )
             for i, row in zip(indices, new.rows(), strict=True):
@@ -197,7 +193,7 @@ def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
         for column, before, after in zip(result, old, new, strict=True):
             if before is not None and after is not None:
                 stands = index not in grads
-                column.append(before.clone() if stands else _where(found_inf, before, after))
+                column.append(before.clone() if stands else _where(found_inf, after, before))
     return result, _next_steps(given, steps, found_inf)
 
 
@@ -209,10 +205,11 @@ def _next_steps(given: Arguments, advanced: list[Tensor], found_inf: Tensor | bo
     grads = given.grads[:1] or [None] if given.is_step_shared else given.grads
     is_counted = [grad is not None or not given.grads for grad in grads]
     return [
-        _where(found_inf, old, new) if counted and found_inf is not True else old.clone()
+        _where(found_inf, new, old) if counted and found_inf is not True else old.clone()
         for old, new, counted in zip(given.steps, advanced, is_counted, strict=True)
     ]
 
 
-def _where(found_inf: Tensor | bool | None, old: Tensor, new: Tensor) -> Tensor:
-    return torch.where(found_inf.to(old.device), old, new) if isinstance(found_inf, Tensor) else new
+def _where(found_inf: Tensor | bool | None, new: Tensor, old: Tensor | float) -> Tensor:
+    """`new`, or `old` if the update is skipped."""
+    return torch.where(found_inf.to(new.device), old, new) if isinstance(found_inf, Tensor) else new

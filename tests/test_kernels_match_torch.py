@@ -118,6 +118,19 @@ def test_float16_has_the_bits_of_torch(kernel: str, options: dict[str, Any]) -> 
 
 @kernels
 @every_donate
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_step_size_above_the_largest_float16_has_the_bits_of_torch(
+    kernel: str, donate: bool, dtype: torch.dtype
+) -> None:
+    params = [torch.ones(n, dtype=dtype) for n in (1, 3, 64)]
+    options = {"lr": 1e4, "eps": 1e4}  # lr / (1 - beta1) is 1e5
+    expected = torch_adam(params, [params], options, kernel)
+    assert all(x.isfinite().all() for x in expected.params)
+    check(*run(params, [params], options, kernel=kernel, donate=donate), expected)
+
+
+@kernels
+@every_donate
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all_coupled"]], ids=["plain", "all_coupled"])
 def test_large_leaf_has_the_bits_of_torch(kernel: str, donate: bool, options: dict[str, Any]) -> None:
     # Large enough to be split between threads, and by no vector length without a rest.
@@ -304,7 +317,18 @@ def test_every_foreach_operation_is_of_one_dtype(decoupled: bool, dtype: torch.d
     dtypes = ForeachDtypes()
     with dtypes:
         run_foreach(Batch(Buffers(*columns[:4]), columns[4], [torch.tensor(3.0)], scalars))
-    assert dtypes.found == {dtype}
+    # The step size of a half type stays in float32, where lr / (1 - beta1) cannot become infinite.
+    assert dtypes.found == {dtype, torch.promote_types(dtype, torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_foreach_with_a_step_size_that_is_not_read_is_finite_above_the_largest_float16(dtype: torch.dtype) -> None:
+    columns = [[torch.full((3,), value, dtype=dtype)] for value in (1.0, 0.0, 0.0)]
+    numbers = [torch.tensor(x) for x in (1e4, 0.9, 0.999, 1e4, 0.0)]
+    scalars = Scalars(*numbers, amsgrad=False, maximize=False, decoupled_weight_decay=False)
+    run_foreach(Batch(Buffers(*columns, []), [torch.ones(3, dtype=dtype)], [torch.tensor(1.0)], scalars))
+    one, zero = torch.ones(3), torch.zeros(3)
+    assert_close(columns[0][0], numpy_adam(one, one, zero, zero, lr=1e4, eps=1e4).param)
 
 
 @pytest.mark.cuda

@@ -272,6 +272,32 @@ def test_conjugate_and_negative_bits_give_the_plain_update(
     assert_equal(grad, values[1])
 
 
+@kernels
+@every_donate
+@pytest.mark.parametrize("shape", [(), (3,), (64,)], ids=str)
+@pytest.mark.parametrize("of", [negative, imaginary])
+@pytest.mark.parametrize(
+    ("of_param", "of_other"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_negative_bits_count_between_dtypes(
+    kernel: str, donate: bool, shape: tuple[int, ...], of: Any, of_param: torch.dtype, of_other: torch.dtype
+) -> None:
+    param, grad = random_tensor(shape, of_param, 0), random_tensor(shape, of_other, 1)
+    exp_avg, exp_avg_sq = (random_tensor(shape, of_other, seed, positive=True) for seed in (2, 3))
+    hparams = AdamHparams(lr=0.1)
+    expected = adam_update(param, grad, make_state(exp_avg, exp_avg_sq), hparams, kernel=kernel)
+    # The imaginary part of a conjugate is a view; with float16 it would be one of complex32.
+    args = [
+        of(x) if of is negative or x.dtype is torch.float32 else x.clone() for x in (param, grad, exp_avg, exp_avg_sq)
+    ]
+    assert any(x.is_neg() for x in args)
+    actual = adam_update(args[0], args[1], make_state(*args[2:]), hparams, kernel=kernel, donate=donate)
+    assert_close(actual, expected)
+    assert_equal(args[1], grad)
+
+
 every_mix_of_dtypes = pytest.mark.parametrize(
     ("of_param", "of_grad"),
     [

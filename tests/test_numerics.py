@@ -273,6 +273,36 @@ NOT_FOUND: dict[str, Any] = {
 }
 
 
+@kernels
+@every_donate
+@every_step
+@pytest.mark.parametrize("count", [-1.0, math.nan, -math.inf])
+def test_a_step_that_counts_nothing_is_refused(kernel: str, donate: bool, per_leaf_step: bool, count: float) -> None:
+    params, grads, state = make_problem(per_leaf_step=per_leaf_step)
+    state = copy_of(state._replace(max_exp_avg_sq=()))
+    optree.tree_leaves(state.step)[-1].fill_(count)
+    kept = copy_of((params, state))
+    with pytest.raises(ValueError, match=r"state.step is (-1|nan|-inf)\. Expected a number of updates >= 0"):
+        adam_update(params, grads, state, AdamHparams(), kernel=kernel, donate=donate)
+    torch.testing.assert_close((params, state), kept, rtol=0, atol=0, equal_nan=True)
+
+
+@kernels
+@every_donate
+@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, math.nan)])
+def test_rebuilt_betas_without_bias_correction_are_refused(
+    kernel: str, donate: bool, betas: tuple[float, float]
+) -> None:
+    params, grads, state = make_problem()
+    state = state._replace(max_exp_avg_sq=())
+    hparams = AdamHparams()
+    rebuilt: Any = optree.tree_unflatten(optree.tree_structure(hparams), (0.1, *betas, 1e-8, 0.0))
+    kept = copy_of((params, state))
+    with pytest.raises(ValueError, match=r"hparams.betas\[[01]\] is .*\. Expected a number in \[0, 1\)"):
+        adam_update(params, grads, state, rebuilt, kernel=kernel, donate=donate)
+    assert_equal((params, state), kept)
+
+
 @every_way
 @every_step
 @pytest.mark.parametrize("found_inf", FOUND.values(), ids=FOUND.keys())

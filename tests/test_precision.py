@@ -113,6 +113,18 @@ def test_masters_are_float32_copies_of_what_is_less_precise():
     assert adam_init(params, AdamHparams()).master_params == ()
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_moments_of_a_master_have_its_dtype_unless_chosen(amsgrad: bool):
+    params = make_mixed() | {"ch": random_tensor((3,), torch.complex64, 9).to(torch.complex32)}
+    state = adam_init(params, AdamHparams(amsgrad=amsgrad), master_params=True)
+    for moment in moments(state)[: 2 + amsgrad]:
+        assert [moment[name].dtype for name in ("bf", "hf", "fp")] == [torch.float32] * 3
+        assert [moment[name].dtype for name in ("ch", "cp")] == [torch.complex64] * 2
+    chosen = adam_init(params, AdamHparams(amsgrad=amsgrad), master_params=True, moment_dtype=torch.float16)
+    for moment in moments(chosen)[: 2 + amsgrad]:
+        assert [moment[name].dtype for name in ("bf", "hf", "fp")] == [torch.float16] * 3
+
+
 @each_kernel
 @each_donate
 @pytest.mark.parametrize("master_params", [False, True])
@@ -159,9 +171,9 @@ def test_float32_moments_of_low_precision_parameters(kernel: str, donate: bool, 
 def test_masters_train_as_float32_parameters_do(kernel: str, donate: bool, half: torch.dtype, options: str):
     hparams, how = AdamHparams(lr=0.01, **OPTIONS[options]), {"kernel": kernel, "donate": donate}
     init, gradients = make_tree(half), [make_tree(half, seed) for seed in (1, 2, 3)]
-    for moment_dtype in (None, torch.float32):
+    for moment_dtype in (None, half):
         given = {"moment_dtype": moment_dtype, "master_params": True}
-        wide_given = {"moment_dtype": moment_dtype or half}
+        wide_given = {"moment_dtype": moment_dtype}
         params, state = train(init, gradients, hparams, given, **how)
         wide_gradients = [to(grads, torch.float32) for grads in gradients]
         wide, wide_state = train(to(init, torch.float32), wide_gradients, hparams, wide_given, kernel=kernel)

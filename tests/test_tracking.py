@@ -624,6 +624,40 @@ def test_found_inf_is_followed_under_autograd(found: bool) -> None:
     assert torch.equal(got, torch.ones_like(param))
 
 
+@pytest.mark.parametrize("way", ["autograd", "grad", "equations", "jvp"])
+@pytest.mark.parametrize("scale", [None, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("is_decoupled", [False, True])
+def test_a_skipped_update_is_the_identity_to_derivatives(
+    way: str, scale: float | None, moment: str, is_decoupled: bool
+) -> None:
+    param = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    hparams = AdamHparams(eps=0.0, weight_decay=0.1, amsgrad=True, decoupled_weight_decay=is_decoupled)
+    state = adam_init(param, hparams)
+    state = state._replace(**{moment: torch.tensor([float("nan"), float("inf")], dtype=torch.float64)})
+    grad = torch.tensor([0.0, float("inf")], dtype=torch.float64)
+
+    def run(p: Tensor, g: Tensor = grad) -> Tensor:
+        return adam_update(p, g, state, hparams, grad_scale=scale, found_inf=1.0)[0]
+
+    weights = torch.tensor([3.0, 5.0], dtype=torch.float64)
+    if way == "autograd":
+        leaves = param.clone().requires_grad_(), grad.clone().requires_grad_()
+        [of_param, of_grad] = torch.autograd.grad(run(*leaves) @ weights, leaves)
+    elif way == "grad":
+        of_param, of_grad = torch.func.grad(lambda p, g: run(p, g) @ weights, argnums=(0, 1))(param, grad)
+    elif way == "jvp":
+        of_param, of_grad = (
+            jvp(run, (param, grad), tangents)[1] for tangents in ((weights, 0 * weights), (0 * weights, weights))
+        )
+    else:
+        twice = jvp(lambda p: jvp(run, (p,), (weights,)), (param,), (weights,))
+        (_, of_param), (of_param_again, of_grad) = twice
+        assert torch.equal(of_param_again, weights)
+    assert torch.equal(of_param, weights)
+    assert torch.equal(of_grad, torch.zeros_like(grad))
+
+
 def test_leaves_without_gradient_pass_their_derivative_on() -> None:
     x = make_inputs()
     params = {"a": x.param, "b": x.grad}
