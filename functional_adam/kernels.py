@@ -12,6 +12,7 @@ from torch import Tensor
 from functional_adam.equations import Scalars, corrections, precise, update_leaf
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
+from functional_adam.tracking import is_intercepted
 
 _fused_adam_: Any = getattr(torch, "_fused_adam_", None)
 _fused_adamw_: Any = getattr(torch, "_fused_adamw_", None)
@@ -71,6 +72,7 @@ def run_foreach(batch: Batch) -> None:
     g = batch.grads
     dtype = p[0].dtype
     wide = _scalar_dtype(dtype)
+    written = batch.buffers.flat
 
     def scalar(x: Scalar) -> Scalar:
         return x.to(dtype) if isinstance(x, Tensor) else x
@@ -88,6 +90,7 @@ def run_foreach(batch: Batch) -> None:
         change = ops._foreach_sub(g, m)
         ops._foreach_mul_(change, scalar(1 - precise(h.beta1)))
         ops._foreach_add_(m, change)
+        written += change
     else:
         ops._foreach_lerp_(m, g, 1 - h.beta1)
     ops._foreach_mul_(v, scalar(h.beta2))
@@ -98,6 +101,7 @@ def run_foreach(batch: Batch) -> None:
     if u:
         ops._foreach_maximum_(u, v)
     denominator = ops._foreach_sqrt(u or v)
+    written += denominator
 
     # Leaves share a step or have their own: each distinct one is corrected once.
     corrected: dict[int, tuple[Scalar, Scalar]] = {}
@@ -113,8 +117,10 @@ def run_foreach(batch: Batch) -> None:
         change = ops._foreach_div(m, denominator)
         ops._foreach_mul_(change, [cast("Tensor", x).to(wide) for x in step_sizes])
         ops._foreach_sub_(p, change)
+        written += change
     else:
         ops._foreach_addcdiv_(p, m, denominator, [_saturated(-x, wide) for x in step_sizes])
+    _note_writing(written)
 
 
 def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
@@ -142,6 +148,16 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
+    _note_writing([*batch.buffers.flat, *batch.grads])
+
+
+def _note_writing(tensors: list[Tensor]) -> None:
+    """Move the version counters, which foreach and fused leave alone, if a mode may have kept the tensors.
+
+    The mode of selective activation checkpointing then refuses to use what it has kept.
+    """
+    if is_intercepted():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _scalar_dtype(dtype: torch.dtype) -> torch.dtype:

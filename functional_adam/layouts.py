@@ -1,5 +1,7 @@
 """How the elements of a tensor lie in memory."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,12 @@ def is_dense(x: Tensor) -> bool:
     """Whether the elements of `x` fill a block of memory, in any order of dimensions, without gap or overlap."""
     if x.is_contiguous():
         return True
-    filled = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
-        if stride != filled:
-            return False
-        filled *= size
+    strides, filled = x.stride(), 1
+    for dim in reversed(_from_outermost(strides, x.shape)):
+        if x.shape[dim] != 1:
+            if strides[dim] != filled:
+                return False
+            filled *= x.shape[dim]
     return True
 
 
@@ -41,7 +44,22 @@ def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
     strides = strides_like(model)
     if x.stride() == strides:
         return x
-    order = sorted(range(x.dim()), key=lambda dim: (-strides[dim], -x.shape[dim]))
-    back = sorted(range(x.dim()), key=lambda dim: order[dim])
+    order = _from_outermost(strides, x.shape)
+    back = [order.index(dim) for dim in range(x.dim())]
     # A clone, since contiguous() keeps what it finds in dimensions of size 1.
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def _from_outermost(strides: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """The dimensions in the order of their strides, the largest first; among equal strides by size.
+
+    Sorted by comparisons alone, since a compiler cannot trace `sorted` on sizes that it keeps dynamic.
+    """
+    order: list[int] = []
+    for dim, (stride, size) in enumerate(zip(strides, shape, strict=True)):
+        place = 0
+        for other in order:
+            if strides[other] > stride or (strides[other] == stride and shape[other] >= size):
+                place += 1
+        order.insert(place, dim)
+    return order

@@ -21,13 +21,15 @@ _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ()
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: True)
+_python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
+_is_in_dispatch_mode: Callable[..., bool] = getattr(_python_dispatch, "is_in_torch_dispatch_mode", lambda _: True)
 _unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
 _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
 
 def is_tracing() -> bool:
-    """Whether this call is being recorded into a graph (compile, export, make_fx) and not run."""
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None
+    """Whether this call is being recorded into a graph (compile, export, make_fx, torch.jit.trace) and not run."""
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:
@@ -75,6 +77,11 @@ def readable(tensors: Iterable[Tensor]) -> list[Tensor]:
 def is_batched_by_engine(tensor: Tensor) -> bool:
     """Whether `tensor` is a cotangent of `torch.autograd.grad(..., is_grads_batched=True)`, which is no transform."""
     return _is_legacy_batched(tensor)
+
+
+def is_intercepted() -> bool:
+    """Whether a TorchDispatchMode sees each operation, and may keep what it returns. Fake tensors do not count."""
+    return _is_in_dispatch_mode(False)
 
 
 def is_fake(tensor: Tensor) -> bool:

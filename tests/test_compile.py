@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.strategies import in_layout, is_dense, random_tensor
 from tests.tolerances import assert_close, assert_equal
 
 # Inductor scripts a class of its own when it is first used.
@@ -336,3 +337,20 @@ def test_a_traced_train_step_serves_other_values(mode: str) -> None:
         assert_close(graph(*given), expected)
         assert_equal(given, before)
         params, state = expected
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "gaps", "expanded", "size_one_stride"])
+def test_two_compilations_serve_every_size_of_a_layout(layout: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(adam_update, fullgraph=True, backend=counter)
+    hparams = AdamHparams(amsgrad=True, weight_decay=0.1)
+    for size in (3, 5, 7, 9):
+        param, grad, exp_avg = (
+            in_layout(random_tensor((2, size, 4, 5), torch.float32, seed), layout) for seed in range(3)
+        )
+        state = adam_init(param, hparams)._replace(exp_avg=exp_avg)
+        got, expected = (update(param, grad, state, hparams) for update in (compiled, adam_update))
+        assert_close(got, expected)
+        for x, y in zip(torch_pytree.tree_leaves(got), torch_pytree.tree_leaves(expected), strict=True):
+            assert x.stride() == y.stride() or not is_dense(y)
+    assert counter.frame_count == 2

@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.strategies import random_tensor
 
 # torch scripts some formulas when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
@@ -656,6 +658,67 @@ def test_a_skipped_update_is_the_identity_to_derivatives(
         assert torch.equal(of_param_again, weights)
     assert torch.equal(of_param, weights)
     assert torch.equal(of_grad, torch.zeros_like(grad))
+
+
+def keep(*names: str) -> Any:
+    """The contexts of a checkpoint that keeps the results of the operations called so, and recomputes all others."""
+
+    def policy(_: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        is_kept = operation.name().removeprefix("aten::").split(".")[0] in names
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return lambda: create_selective_checkpoint_contexts(policy)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("is_tracked", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (300, 400)], ids=["small", "recycled"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("kept", ["clone", "_foreach_clone", "copy_", "empty_like", "_foreach_sqrt", "sqrt", "sin"])
+def test_selective_checkpoints_of_an_update_are_right_or_refused(
+    kernel: str, is_tracked: bool, shape: tuple[int, int], is_transposed: bool, kept: str
+) -> None:
+    weight = random_tensor(shape, torch.float64, 0).requires_grad_()
+    given, hparams = random_tensor(shape, torch.float64, 1), AdamHparams(lr=0.1, weight_decay=0.1)
+    state = adam_init(given, hparams)
+    if is_transposed:
+        state = state._replace(exp_avg=0 * given.T.contiguous().T, exp_avg_sq=0 * given.T.contiguous().T + 1)
+
+    def loss(w: Tensor) -> Tensor:
+        new, _ = adam_update(w if is_tracked else given, given, state, hparams, kernel=kernel)
+        return (new * w.sin()).square().sum()
+
+    [expected] = torch.autograd.grad(loss(weight), weight)
+    out = checkpoint(loss, weight, use_reentrant=False, context_fn=keep(kept))
+    refusal = None
+    try:
+        [got] = torch.autograd.grad(out, weight)
+        assert_close(got, expected)
+    except RuntimeError as error:
+        refusal = str(error)
+    assert refusal is None or "cached during selective activation checkpoint has been mutated" in refusal
+    assert refusal is None or kept != "sin"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are those of the traced call
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4, 5)], ids=str)
+def test_jit_trace_records_the_equations(donate: bool, shape: tuple[int, ...]) -> None:
+    def run(lr: Tensor, step: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        p, g, m, v, u = tensors
+        hparams = AdamHparams(lr=lr, amsgrad=True, weight_decay=0.1)
+        new, state = adam_update(
+            {"w": p}, {"w": g}, AdamState(step, *({"w": x} for x in (m, v, u))), hparams, donate=donate
+        )
+        return new["w"], state.step, state.exp_avg["w"], state.exp_avg_sq["w"], state.max_exp_avg_sq["w"]
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        leaves = (random_tensor(shape, torch.float64, seed + i, positive=True) for i in range(5))
+        return torch.tensor(0.1 * seed), torch.tensor(float(seed)), *leaves
+
+    traced = torch.jit.trace(run, inputs(1), check_trace=False)
+    assert_close(traced(*inputs(7)), run(*inputs(7)))
 
 
 def test_leaves_without_gradient_pass_their_derivative_on() -> None:
