@@ -5,6 +5,7 @@ from functional_adam.adapter import _FunctionalAdam, _FunctionalAdamW
 from functional_adam.checkpoint import state_from_dict, state_to_dict
 from functional_adam.explanation import explain
 from functional_adam.hparams import AdamHparams
+from functional_adam.rules import GrowingGraphWarning
 from functional_adam.state import AdamState, adam_init
 from functional_adam.torch_state import from_torch_state_dict, to_torch_state_dict
 from functional_adam.update import adam_update
@@ -12,6 +13,7 @@ from functional_adam.update import adam_update
 __all__ = [
     "AdamHparams",
     "AdamState",
+    "GrowingGraphWarning",
     "_FunctionalAdam",
     "_FunctionalAdamW",
     "adam_init",

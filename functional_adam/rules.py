@@ -5,6 +5,8 @@ differentiated and mapped again: `torch.func` inside them would break saved-tens
 """
 
 import inspect
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +22,22 @@ from functional_adam.pieces import Columns, cut_into_pieces, flattened, join, pu
 from functional_adam.recycling import empty_like
 from functional_adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
 from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
+
+
+class GrowingGraphWarning(UserWarning):
+    """A hundred updates in a row were recorded by autograd, which is rarely meant.
+
+    Parameters that require grad, such as those of `dict(model.named_parameters())`, make each update part of the graph
+    of the next. The graph keeps gradients and moments of all of them. Detach the parameters, or update under
+    `torch.no_grad()`. Code that does differentiate through so many updates filters the warning.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=functional_adam.GrowingGraphWarning)
+    """
+
+
+_MANY = 100  # updates in a row
 
 
 def differentiable_update(
@@ -47,6 +65,8 @@ def differentiable_update(
     flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
     spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
     new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
+    if not is_transformed():
+        _count_updates(new.params[0].grad_fn, ready)
     if is_real:
         return new
     columns = zip(new, buffers, strict=True)
@@ -56,6 +76,37 @@ def differentiable_update(
 def advance(step: Tensor) -> Tensor:
     """`step + 1`, one number in memory where it is one, so that members are still seen to be at the same step."""
     return _advance(step) if is_transformed() else step + 1
+
+
+def _count_updates(node: Any, given: Buffers) -> None:
+    """Let the `node` of an update know how many updates in a row it ends, and warn when they are many."""
+    if node is None:
+        return
+    node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
+    if node.update_count == _MANY:
+        level = 1  # of the caller outside of this package
+        while sys._getframe(level).f_globals.get("__name__", "").startswith(f"{__package__}."):
+            level += 1
+        warnings.warn(
+            f"{_MANY} updates in a row were recorded by autograd, because parameters or state require grad. The graph "
+            "keeps the gradients and moments of each, so that memory grows with every step. If you do not "
+            "differentiate through these updates, detach the parameters ({name: p.detach() for name, p in "
+            "model.named_parameters()}), or update under torch.no_grad(). If you do, filter this GrowingGraphWarning.",
+            GrowingGraphWarning,
+            stacklevel=level + 1,
+        )
+
+
+def _updates_behind(x: Tensor) -> int:
+    """The count of the update that `x` comes from, perhaps cast, chosen by found_inf, or changed a little."""
+    nodes: list[Any] = [x.grad_fn]
+    for node in nodes:  # which grows
+        if node is not None:
+            if hasattr(node, "update_count"):
+                return node.update_count
+            if len(nodes) < 8:
+                nodes += [parent for parent, _ in node.next_functions]
+    return 0
 
 
 class _Update(torch.autograd.Function):

@@ -25,7 +25,7 @@ IMPORTS = {
     "recycling": {"layouts"},
     "traits": {"leaves", "recycling", "tracking"},
     "donation": {"leaves", "tracking", "traits", "trees"},
-    "kernels": {"equations", "hparams", "leaves"},
+    "kernels": {"equations", "hparams", "leaves", "tracking"},
     "planning": {"equations", "hparams", "kernels", "layouts", "leaves", "recycling", "tracking"},
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
     "packing": {"equations", "hparams", "leaves", "planning", "recycling", "tracking"},
@@ -65,12 +65,21 @@ IMPORTS = {
         "distributed.registration",
         "distributed.rpc",
     },
-    "__init__": {"adapter", "checkpoint", "explanation", "hparams", "state", "torch_state", "update"},
+    "__init__": {"adapter", "checkpoint", "explanation", "hparams", "rules", "state", "torch_state", "update"},
 }
 PACKAGES = [module for module in IMPORTS if module.endswith("__init__")]
 
 PUBLIC_NAMES = {
-    *("AdamHparams", "AdamState", "_FunctionalAdam", "_FunctionalAdamW", "adam_init", "adam_update", "explain"),
+    *(
+        "AdamHparams",
+        "AdamState",
+        "GrowingGraphWarning",
+        "_FunctionalAdam",
+        "_FunctionalAdamW",
+        "adam_init",
+        "adam_update",
+        "explain",
+    ),
     *("from_torch_state_dict", "state_from_dict", "state_to_dict", "to_torch_state_dict"),
     "transformation",
 }

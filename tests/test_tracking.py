@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam import AdamHparams, AdamState, GrowingGraphWarning, adam_init, adam_update
 from tests.strategies import random_tensor
 
 # torch scripts some formulas when forward mode is first used.
@@ -658,6 +660,66 @@ def test_a_skipped_update_is_the_identity_to_derivatives(
         assert torch.equal(of_param_again, weights)
     assert torch.equal(of_param, weights)
     assert torch.equal(of_grad, torch.zeros_like(grad))
+
+
+HUNDREDS: dict[str, Any] = {
+    "plain": {},
+    "half": {"dtype": torch.bfloat16, "moment_dtype": torch.float32},
+    "complex": {"dtype": torch.complex64},
+    "found_inf": {"found_inf": torch.tensor(0.0)},
+    "only the state": {"tracks_state": True},
+}
+
+
+def update_in_a_row(
+    count: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    moment_dtype: torch.dtype | None = None,
+    tracks_state: bool = False,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    param, hparams = torch.ones(2, dtype=dtype, requires_grad=not tracks_state), AdamHparams()
+    state = adam_init(param, hparams, moment_dtype=moment_dtype)
+    if tracks_state:
+        state = state._replace(exp_avg_sq=state.exp_avg_sq.requires_grad_())
+    for _ in range(count):
+        param, state = adam_update(param, torch.ones_like(param), state, hparams, found_inf=found_inf)
+        param = param.detach() if tracks_state else param
+    return param
+
+
+@pytest.mark.parametrize("how", HUNDREDS.values(), ids=HUNDREDS.keys())
+def test_the_hundredth_recorded_update_in_a_row_warns_once_where_it_is_called(how: dict[str, Any]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        update_in_a_row(99, **how)
+        assert not caught
+        update_in_a_row(250, **how)
+    [warning] = caught
+    assert warning.category is GrowingGraphWarning
+    assert "100 updates in a row" in str(warning.message)
+    assert "detach" in str(warning.message)
+    assert warning.filename == __file__
+    assert "adam_update(param" in Path(__file__).read_text().splitlines()[warning.lineno - 1]
+
+
+def test_updates_that_are_not_recorded_or_are_meant_to_be_do_not_warn() -> None:
+    with torch.no_grad():
+        update_in_a_row(120)
+    slope = grad(lambda lr: run_a_hundred(lr).sum())(torch.tensor(0.1))
+    assert slope.isfinite()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=GrowingGraphWarning)
+        update_in_a_row(120)
+
+
+def run_a_hundred(lr: Tensor) -> Tensor:
+    param, hparams = torch.ones(2), AdamHparams(lr=lr)
+    state = adam_init(param, hparams)
+    for _ in range(120):
+        param, state = adam_update(param, torch.ones(2), state, hparams)
+    return param
 
 
 def keep(*names: str) -> Any:
