@@ -32,7 +32,7 @@ class GrowingGraphWarning(UserWarning):
     `torch.no_grad()`. Code that does differentiate through so many updates filters the warning.
 
     Example:
-        >>> import warnings
+        >>> import functional_adam, warnings
         >>> warnings.filterwarnings("ignore", category=functional_adam.GrowingGraphWarning)
     """
 

@@ -22,14 +22,15 @@ _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrappe
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: True)
 _python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
-_is_in_dispatch_mode: Callable[..., bool] = getattr(_python_dispatch, "is_in_torch_dispatch_mode", lambda _: True)
+_is_in_dispatch_mode: Callable[[bool], bool] = getattr(_python_dispatch, "is_in_torch_dispatch_mode", lambda _: True)
 _unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
 _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
 
 def is_tracing() -> bool:
     """Whether this call is being recorded into a graph (compile, export, make_fx, torch.jit.trace) and not run."""
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None or torch.jit.is_tracing()
+    is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None or is_jit_tracing()
 
 
 def is_transformed() -> bool:
