@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars, precise, update_leaf
 from functional_adam.hparams import Scalar
+from functional_adam.kernels import Batch, run_foreach
 from functional_adam.leaves import Buffers
 from functional_adam.packing import Spec, run, unpack
 from functional_adam.planning import run_kernel
@@ -16,6 +17,9 @@ from functional_adam.tracking import is_constant, is_host_value, is_transformed,
 
 # Half types are rounded once by a kernel; a direction of theirs would be rounded before.
 _PRECISE = (torch.float32, torch.float64)
+
+# Members of fewer elements a leaf are not worth a place each in the list of a kernel.
+SMALL_MEMBER = 2**13
 
 
 def run_batched(
@@ -40,6 +44,10 @@ def run_batched(
         one = [x for _, x in shared]
         scalars = [scalars[0], *one[1:4], scalars[4], *one[5:]]
         return tuple(_run_directions(spec, stacked, scalars).flat), out_dims
+    is_small = sum(x.numel() for x in stacked) < SMALL_MEMBER * size * len(stacked)
+    # The other kernels round half types after each operation.
+    if is_small and all(x.dtype in _PRECISE for x in stacked):
+        return tuple(_run_stacked(spec, stacked, scalars, is_batched).flat), out_dims
     return tuple(_run_members(spec, size, stacked, scalars, is_batched).flat), out_dims
 
 
@@ -51,9 +59,14 @@ def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
     """Whether all members are known to have the same scalar, and it."""
     if dim is None:
         return True, x
-    if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and len(set(x.tolist())) == 1)):
+    if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and _are_equal(x))):
         return True, x.select(dim, 0)
     return False, x
+
+
+def _are_equal(x: Tensor) -> bool:
+    # Where members differ, the first and the last mostly do.
+    return x[0].item() == x[-1].item() and bool((x == x[0]).all())
 
 
 def _run_directions(spec: Spec, stacked: list[Tensor], scalars: list[Any]) -> Buffers:
@@ -100,6 +113,18 @@ def _run_members(spec: Spec, size: int, stacked: list[Tensor], scalars: list[Any
     buffers = Buffers(*(_unbind(column) for column in new))
     of_leaves = [h for h in of_members for _ in range(spec.count)]
     run_kernel(spec.kernel, buffers, _unbind(given.grads), leaf_steps, of_leaves)
+    return new
+
+
+def _run_stacked(spec: Spec, stacked: list[Tensor], scalars: list[Any], is_batched: list[bool]) -> Buffers:
+    """The foreach kernel on stacked leaves, with the scalars of members beside them."""
+    given = unpack(spec, [*stacked, *scalars])
+    new, steps = given.buffers.map(torch.clone), spec.per_leaf([step + 1 for step in given.steps])
+    numbers = (
+        x if batched or not isinstance(x, Tensor) else x.item()
+        for x, batched in zip(given.numbers, is_batched, strict=False)
+    )
+    run_foreach(Batch(new, given.grads, steps, spec.scalars(numbers)))
     return new
 
 

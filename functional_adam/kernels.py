@@ -4,6 +4,7 @@ The private torch names `_fused_adam_`, `_fused_adamw_` and `_foreach_*` stand o
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,7 +66,10 @@ def run_single(batch: Batch) -> None:
 
 
 def run_foreach(batch: Batch) -> None:
-    """`torch.optim.Adam(foreach=True)`, operation for operation where the scalars are numbers."""
+    """`torch.optim.Adam(foreach=True)`, operation for operation where the scalars are numbers.
+
+    A scalar of shape (members,) belongs to leaves whose first dimension counts members.
+    """
     ops: Any = torch
     h = batch.scalars
     p, m, v, u = batch.buffers
@@ -74,8 +78,10 @@ def run_foreach(batch: Batch) -> None:
     wide = _scalar_dtype(dtype)
     written = batch.buffers.flat
 
-    def scalar(x: Scalar) -> Scalar:
-        return x.to(dtype) if isinstance(x, Tensor) else x
+    def scalar(x: Scalar) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return [_beside(x, leaf, dtype) for leaf in p] if x.dim() else x.to(dtype)
 
     if h.maximize:
         g = ops._foreach_neg(g)
@@ -103,23 +109,17 @@ def run_foreach(batch: Batch) -> None:
     denominator = ops._foreach_sqrt(u or v)
     written += denominator
 
-    # Leaves share a step or have their own: each distinct one is corrected once.
-    corrected: dict[int, tuple[Scalar, Scalar]] = {}
-    for t in batch.steps:
-        if id(t) not in corrected:
-            numbers = _numbers(h, t)
-            corrected[id(t)] = (numbers[5], numbers[6]) if numbers else corrections(t, h)
-    step_sizes, root_corrections = zip(*(corrected[id(t)] for t in batch.steps), strict=True)
-    ops._foreach_div_(denominator, [scalar(x) for x in root_corrections])
+    step_sizes, root_corrections = _corrections(batch)
+    ops._foreach_div_(denominator, [_beside(x, leaf, dtype) for x, leaf in zip(root_corrections, p, strict=True)])
     # With one tensor for all, _foreach_add_ would read its value.
-    ops._foreach_add_(denominator, [scalar(h.eps)] * len(p) if isinstance(h.eps, Tensor) else h.eps)
+    ops._foreach_add_(denominator, [_beside(h.eps, x, dtype) for x in p] if isinstance(h.eps, Tensor) else h.eps)
     if isinstance(step_sizes[0], Tensor):
         change = ops._foreach_div(m, denominator)
-        ops._foreach_mul_(change, [cast("Tensor", x).to(wide) for x in step_sizes])
+        ops._foreach_mul_(change, [_beside(x, leaf, wide) for x, leaf in zip(step_sizes, p, strict=True)])
         ops._foreach_sub_(p, change)
         written += change
     else:
-        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-x, wide) for x in step_sizes])
+        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-cast("float", x), wide) for x in step_sizes])
     _note_writing(written)
 
 
@@ -151,6 +151,17 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     _note_writing([*batch.buffers.flat, *batch.grads])
 
 
+def _corrections(batch: Batch) -> tuple[Sequence[Scalar], Sequence[Scalar]]:
+    """The step size and the correction of the root for each leaf, each distinct step corrected once."""
+    corrected: dict[int, tuple[Scalar, Scalar]] = {}
+    for t in batch.steps:
+        if id(t) not in corrected:
+            numbers = _numbers(batch.scalars, t)
+            corrected[id(t)] = (numbers[5], numbers[6]) if numbers else corrections(t, batch.scalars)
+    step_sizes, root_corrections = zip(*(corrected[id(t)] for t in batch.steps), strict=True)
+    return step_sizes, root_corrections
+
+
 def _note_writing(tensors: list[Tensor]) -> None:
     """Move the version counters, which foreach and fused leave alone, if a mode may have kept the tensors.
 
@@ -158,6 +169,13 @@ def _note_writing(tensors: list[Tensor]) -> None:
     """
     if is_intercepted():
         torch.autograd.graph.increment_version(tensors)
+
+
+def _beside(x: Scalar, leaf: Tensor, dtype: torch.dtype) -> Scalar:
+    """`x` in `dtype` if it is a tensor, and where it has one value a member, in a shape that meets `leaf`."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.to(dtype).view(-1, *[1] * (leaf.dim() - 1)) if x.dim() else x.to(dtype)
 
 
 def _scalar_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -172,6 +190,6 @@ def _saturated(x: float, dtype: torch.dtype) -> float:
 
 def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:
     """lr, beta1, beta2, eps, weight_decay and the corrections as Python numbers; None if one cannot be read here."""
-    if t.device.type != "cpu" or type(t) is not Tensor or any(isinstance(x, Tensor) for x in h):
+    if t.device.type != "cpu" or type(t) is not Tensor or t.dim() or any(isinstance(x, Tensor) for x in h):
         return None
     return cast("tuple[float, ...]", (*h[:5], *corrections(t.item(), h)))

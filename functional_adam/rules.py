@@ -17,6 +17,7 @@ from functional_adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, poin
 from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
 from functional_adam.hparams import Scalar
 from functional_adam.leaves import Buffers
+from functional_adam.mapping import call_under_vmap
 from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
 from functional_adam.pieces import Columns, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.recycling import empty_like
@@ -85,7 +86,7 @@ def _count_updates(node: Any, given: Buffers) -> None:
     node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
     if node.update_count == _MANY:
         level = 1  # of the caller outside of this package
-        while sys._getframe(level).f_globals.get("__name__", "").startswith(f"{__package__}."):
+        while _module_of_caller(level + 1).startswith(f"{__package__}."):
             level += 1
         warnings.warn(
             f"{_MANY} updates in a row were recorded by autograd, because parameters or state require grad. The graph "
@@ -95,6 +96,10 @@ def _count_updates(node: Any, given: Buffers) -> None:
             GrowingGraphWarning,
             stacklevel=level + 1,
         )
+
+
+def _module_of_caller(level: int) -> str:
+    return str(sys._getframe(level).f_globals.get("__name__"))  # pyright: ignore[reportPrivateUsage]
 
 
 def _updates_behind(x: Tensor) -> int:
@@ -192,7 +197,14 @@ class _Update(torch.autograd.Function):
 
 # torch binds arguments by the signature, and would find it out anew in every call.
 _Update.forward.__signature__ = inspect.signature(_Update.forward)
-_apply: Any = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
+
+
+def _apply(spec: Spec, *flat: Any) -> tuple[Tensor, ...]:
+    def rule(size: int, dims: tuple[int | None, ...], flat: tuple[Any, ...]) -> Any:
+        return run_batched(_apply, size, dims, spec, flat)
+
+    apply: Any = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
+    return call_under_vmap(rule, flat) or apply(spec, *flat)
 
 
 class _Advance(torch.autograd.Function):
@@ -214,14 +226,23 @@ class _Advance(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any], step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dim = in_dims[0]
-        if step.stride(dim) != 0 or not is_constant(step):
-            return advance(step), dim
-        one = advance(step.select(dim, 0))
-        return one.expand(info.batch_size, *one.shape), 0
+        return _advance_members(info.batch_size, in_dims[0], step)
 
 
-_advance: Any = getattr(_Advance, "apply")  # noqa: B009
+def _advance_members(size: int, dim: int, step: Tensor) -> tuple[Tensor, int]:
+    if step.stride(dim) != 0 or not is_constant(step):
+        return advance(step), dim
+    one = advance(step.select(dim, 0))
+    return one.expand(size, *one.shape), 0
+
+
+def _advance(step: Tensor) -> Tensor:
+    def rule(size: int, dims: tuple[int], steps: tuple[Tensor]) -> Any:
+        return tuple(zip(_advance_members(size, dims[0], steps[0]), strict=True))
+
+    apply: Any = getattr(_Advance, "apply")  # noqa: B009
+    mapped = call_under_vmap(rule, (step,))
+    return mapped[0] if mapped else apply(step)
 
 
 def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, local: list[Local]) -> Columns:

@@ -21,8 +21,7 @@ _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ()
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: True)
-_python_dispatch: Any = getattr(torch.utils, "_python_dispatch", None)
-_is_in_dispatch_mode: Callable[[bool], bool] = getattr(_python_dispatch, "is_in_torch_dispatch_mode", lambda _: True)
+_count_dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 1)
 _unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
 _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
@@ -36,6 +35,14 @@ def is_tracing() -> bool:
 def is_transformed() -> bool:
     """Whether a torch.func transform or a forward-mode dual level is open. Under a compiler, ask `is_tracing` first."""
     return _is_functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_single_vmap() -> bool:
+    """Whether one `vmap` is the only transform that is open."""
+    if _interpreter_stack is None or getattr(forward_ad, "_current_level", 0) >= 0:
+        return False
+    stack = _interpreter_stack() or ()
+    return len(stack) == 1 and stack[0].key().name == "Vmap"
 
 
 def requires_grad(tensors: Iterable[Tensor]) -> bool:
@@ -81,8 +88,8 @@ def is_batched_by_engine(tensor: Tensor) -> bool:
 
 
 def is_intercepted() -> bool:
-    """Whether a TorchDispatchMode sees each operation, and may keep what it returns. Fake tensors do not count."""
-    return _is_in_dispatch_mode(False)
+    """Whether a TorchDispatchMode sees each operation, and may keep what it returns."""
+    return _count_dispatch_modes() > 0
 
 
 def is_fake(tensor: Tensor) -> bool:

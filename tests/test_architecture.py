@@ -29,7 +29,8 @@ IMPORTS = {
     "planning": {"equations", "hparams", "kernels", "layouts", "leaves", "recycling", "tracking"},
     "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
     "packing": {"equations", "hparams", "leaves", "planning", "recycling", "tracking"},
-    "batching": {"equations", "hparams", "leaves", "packing", "planning", "tracking"},
+    "batching": {"equations", "hparams", "kernels", "leaves", "packing", "planning", "tracking"},
+    "mapping": {"tracking"},
     "pieces": set(),
     "rules": {
         "batching",
@@ -37,6 +38,7 @@ IMPORTS = {
         "equations",
         "hparams",
         "leaves",
+        "mapping",
         "packing",
         "pieces",
         "recycling",
@@ -86,7 +88,8 @@ PUBLIC_NAMES = {
 
 # Private torch names by the one file that may use them.
 PRIVATE_TORCH = {
-    "tracking": ('torch, "_C"', "_current_level"),
+    "tracking": ('torch, "_C"', "_current_level", "_len_torch_dispatch_stack", "get_interpreter_stack"),
+    "mapping": ("_unwrap_batched", "_add_batch_dim", "pyfunctorch"),
     "traits": ("torch._C._dynamo",),
     "kernels": ("_fused_adam", "_foreach_add"),
     "recycling": ("_foreach_clone",),

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import functional_adam.batching
+import functional_adam.mapping
 import functional_adam.packing
 import functional_adam.rules
 import functional_adam.update
@@ -991,7 +992,23 @@ def looped(run: Callable[..., Any], arguments: Any, dims: Any, size: int = SIZE)
     return torch_pytree.tree_map(lambda *xs: torch.stack(xs), *results)
 
 
+@pytest.fixture
+def _large_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of few elements are treated as those of many, which would take long."""
+    monkeypatch.setattr(functional_adam.batching, "SMALL_MEMBER", 0)
+
+
+@pytest.fixture(params=["small", "large"])
+def _any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "large":
+        monkeypatch.setattr(functional_adam.batching, "SMALL_MEMBER", 0)
+
+
+each_size = pytest.mark.usefixtures("_any_size")
+
+
 @each_kernel
+@each_size
 @pytest.mark.parametrize("case", BATCHED)
 @pytest.mark.parametrize("variant", ["coupled", "all_flags"])
 @pytest.mark.parametrize("per_leaf_step", [False, True])
@@ -1047,6 +1064,7 @@ def test_derivatives_of_members_equal_those_of_a_loop(kernel: str, case: str, mo
 
 
 @each_kernel
+@each_size
 @pytest.mark.parametrize("case", ["lr", "weight_decay", "everything"])
 @pytest.mark.parametrize("weight_decay", [0.2, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
@@ -1082,6 +1100,7 @@ def test_derivatives_of_members_with_a_step_a_leaf_equal_those_of_a_loop(kernel:
 
 
 @each_kernel
+@pytest.mark.usefixtures("_large_members")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("case", "count"),
@@ -1106,6 +1125,39 @@ def test_members_are_taken_apart_only_where_a_kernel_cannot_take_them_together(
     # A direction in a half type would be rounded before its length is applied.
     is_apart = dtype is torch.bfloat16 and case in ("lr", "weight_decay")
     assert calls == [(kernel, len(SHAPES) * (SIZE if is_apart else count))]
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("case", "dtype", "count"),
+    [("step", torch.float32, 1), ("eps", DOUBLE, 1), ("everything", torch.float32, 1), ("eps", torch.bfloat16, 0)],
+)
+def test_small_members_are_computed_on_stacked_leaves(
+    kernel: str, case: str, dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    run_foreach = functional_adam.batching.run_foreach
+
+    def spied(batch: Any) -> None:
+        calls.append([x.shape[0] for x in batch.buffers.params])
+        run_foreach(batch)
+
+    monkeypatch.setattr(functional_adam.batching, "run_foreach", spied)
+    (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])
+    leaves, moments = torch_pytree.tree_map(lambda x: x.to(dtype), (leaves, state[1:3]))
+    vmap(partial(update_member, kernel=kernel), in_dims=dims)(
+        *leaves, AdamState(state.step, *moments), numbers, options
+    )
+    assert calls == [[SIZE] * len(SHAPES)] * count
+
+
+@pytest.mark.parametrize("case", ["members", "step", "everything"])
+def test_a_single_vmap_is_as_without_the_private_names_of_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, dims = make_batch(BATCHED[case])
+    run = partial(update_member, kernel="auto")
+    direct = vmap(run, in_dims=dims)(*arguments)
+    monkeypatch.setattr(functional_adam.mapping, "_functorch", None)
+    assert_equal(vmap(run, in_dims=dims)(*arguments), direct)
 
 
 @each_kernel

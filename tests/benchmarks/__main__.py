@@ -22,11 +22,18 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from tests.benchmarks import imports, memory, noise, scaling, steps, transforms
+from tests.benchmarks import imports, members, memory, noise, scaling, steps, transforms
 from tests.benchmarks.measure import CURVE_ROUNDS, Bench
 from tests.benchmarks.tables import tables
 
-SUITES = {"imports": imports, "steps": steps, "transforms": transforms, "scaling": scaling, "memory": memory}
+SUITES = {
+    "imports": imports,
+    "steps": steps,
+    "transforms": transforms,
+    "members": members,
+    "scaling": scaling,
+    "memory": memory,
+}
 LOG_WIDTH = 110  # columns where no terminal says how many there are
 
 
