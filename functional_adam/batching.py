@@ -66,7 +66,7 @@ def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
 
 def _are_equal(x: Tensor) -> bool:
     # Where members differ, the first and the last mostly do.
-    return x[0].item() == x[-1].item() and bool((x == x[0]).all())
+    return len(x) > 0 and x[0].item() == x[-1].item() and bool((x == x[0]).all())
 
 
 def _run_directions(spec: Spec, stacked: list[Tensor], scalars: list[Any]) -> Buffers:

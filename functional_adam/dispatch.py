@@ -11,7 +11,14 @@ from functional_adam.equations import Scalars
 from functional_adam.hparams import Scalar, check_flag
 from functional_adam.leaves import check_unsharded, full_value
 from functional_adam.planning import check_kernel_name, check_numbers, select_kernel
-from functional_adam.tracking import forward_levels, is_readable, is_tracing, is_transformed, requires_grad
+from functional_adam.tracking import (
+    forward_levels,
+    is_compiled_here,
+    is_readable,
+    is_tracing,
+    is_transformed,
+    requires_grad,
+)
 
 EQUATIONS = "equations"
 _TRACER = "a compiler or tracer"
@@ -73,6 +80,11 @@ def _check_donation(given: Arguments, watched_by: str | None) -> None:
         raise RuntimeError(
             f"Cannot donate: the update is watched by {watcher}, which would miss the old values. "
             "Update without donate, or detach, or leave the transform, or use torch.no_grad()."
+        )
+    if watched_by == _TRACER and not is_compiled_here():
+        raise RuntimeError(
+            "Cannot donate in a graph that is exported or traced (torch.export, make_fx, torch.jit.trace): it cannot "
+            "check whether the tensors that it is run on share memory. Update without donate, and copy the results."
         )
     if watched_by is None and not is_surely_safe(given.tensors, given.traits):
         check_donation(given.buffers, given.steps, given.grads, given.others, given.narrow, given.treespec)

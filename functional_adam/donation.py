@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from optree import PyTreeSpec
@@ -69,18 +69,44 @@ def check_donation(
             "Cannot donate tensors made under torch.inference_mode() outside of it. "
             "Update them under inference_mode, or without donate."
         )
-    given = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-    found = find_overlap(written, [*(grad for _, grad in given), *others])
-    if found is None:
-        return
-    step_leaves = range(len(steps)) if len(steps) == len(buffers.params) else ()
+    owners = owners_of(buffers, steps, grads, others, narrow)
+
+    def name(place: int) -> str:
+        return name_of(owners[place], treespec)
+
+    check_apart(written, [*(grad for grad in grads if grad is not None), *others], name)
+
+
+Owner: TypeAlias = tuple[str, int]
+"""What a tensor of the call belongs to: a tree and a leaf, or -1 for something that is no leaf."""
+
+
+def owners_of(
+    buffers: Buffers, steps: list[Tensor], grads: list[Tensor | None], others: list[Tensor], narrow: dict[int, Tensor]
+) -> list[Owner]:
+    """The owners of what a donation writes, and then of what it reads: gradients that are not None, and the others."""
     owners = [(root, i) for root, column in zip(BUFFER_NAMES, buffers, strict=True) for i in range(len(column))]
-    owners += [("state.step", i) for i in step_leaves] or [("state.step", -1)]
     # Among the buffers a master stands for its parameter.
     owners = [("state.master_params", i) if root == "params" and i in narrow else (root, i) for root, i in owners]
+    step_leaves = range(len(steps)) if len(steps) == len(buffers.params) else ()
+    owners += [("state.step", i) for i in step_leaves] or [("state.step", -1)]
     owners += [("params", i) for i in narrow]
-    owners += [("grads", i) for i, _ in given] + [("a hyperparameter, grad_scale or found_inf", -1)] * len(others)
-    first, second = (root if i < 0 else path_of(treespec, i, root) for root, i in (owners[j] for j in found))
+    owners += [("grads", i) for i, grad in enumerate(grads) if grad is not None]
+    return owners + [("a hyperparameter, grad_scale or found_inf", -1)] * len(others)
+
+
+def name_of(owner: Owner, treespec: PyTreeSpec) -> str:
+    """The path of `owner`, for an error."""
+    root, index = owner
+    return root if index < 0 else path_of(treespec, index, root)
+
+
+def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callable[[int], str]) -> None:
+    """Raise RuntimeError if writing would change another tensor; `name` says what the tensors are, in this order."""
+    found = find_overlap(written, read)
+    if found is None:
+        return
+    first, second = map(name, found)
     what = "overlaps itself" if first == second else f"shares memory with {second}"
     raise RuntimeError(
         f"Cannot donate {first}: it {what}, so that writing one would change the other. "

@@ -32,6 +32,11 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or get_proxy_mode() is not None or is_jit_tracing()
 
 
+def is_compiled_here() -> bool:
+    """Whether torch.compile traces this call, so that the graph is run in this process, by the same package."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def is_transformed() -> bool:
     """Whether a torch.func transform or a forward-mode dual level is open. Under a compiler, ask `is_tracing` first."""
     return _is_functorch_active() or getattr(forward_ad, "_current_level", 0) >= 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.arguments import Arguments, flatten_arguments
+from functional_adam.compiled_donation import checked_steps
 from functional_adam.dispatch import EQUATIONS, Way, select_way
 from functional_adam.donation import release, replace_steps_
 from functional_adam.equations import update_leaf
@@ -85,7 +86,7 @@ def adam_update(
     if way.watched_by is None:
         buffers, steps = _run_kernel(given, way, donate=donate)
     else:
-        buffers, steps = _run_watched(given, way)
+        buffers, steps = _run_watched(given._replace(steps=checked_steps(given)) if donate else given, way)
         if donate:
             for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
                 old.copy_(new)

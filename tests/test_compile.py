@@ -354,3 +354,74 @@ def test_two_compilations_serve_every_size_of_a_layout(layout: str) -> None:
         for x, y in zip(torch_pytree.tree_leaves(got), torch_pytree.tree_leaves(expected), strict=True):
             assert x.stride() == y.stride() or not is_dense(y)
     assert counter.frame_count == 2
+
+
+def overlapping(case: str) -> tuple[Any, Any, AdamState, Tensor]:
+    """Arguments of a donated update, of which two share memory."""
+    flat, hparams = torch.ones(100), AdamHparams()
+    params = {"a": torch.ones(60), "b": torch.ones(60)}
+    if case == "tied":
+        params["b"] = params["a"]
+    if case == "views":
+        params = {"a": flat[:60], "b": flat[40:]}
+    grads, state, lr = random_like(params, 1), adam_init(params, hparams), torch.tensor(0.1)
+    if case == "gradient":
+        grads["b"] = params["b"]
+    if case == "moment":
+        state = state._replace(exp_avg_sq={"a": torch.ones(60), "b": state.exp_avg["b"]})
+    if case == "number":
+        lr = state.step
+    return params, grads, state, lr
+
+
+OVERLAPS = {
+    "tied": r"params\['a'\]: it shares memory with params\['b'\]",
+    "views": r"params\['a'\]: it shares memory with params\['b'\]",
+    "gradient": r"params\['b'\]: it shares memory with grads\['b'\]",
+    "moment": r"state.exp_avg\['b'\]: it shares memory with state.exp_avg_sq\['b'\]",
+    "number": "state.step: it shares memory with a hyperparameter",
+}
+
+
+def donated(params: Any, grads: Any, state: AdamState, lr: Tensor) -> Any:
+    return adam_update(params, grads, state, AdamHparams(lr=lr), donate=True)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_a_compiled_donation_of_memory_that_overlaps_raises_and_changes_nothing(backend: str, case: str) -> None:
+    compiled = torch.compile(donated, fullgraph=True, backend=backend)
+    compiled(*overlapping("none"))  # the graph is there; what it runs on is other memory
+    given = overlapping(case)
+    before = cloned(given)
+    with pytest.raises(RuntimeError, match=f"Cannot donate {OVERLAPS[case]}"):
+        compiled(*given)
+    assert_equal(given, before)
+
+
+def test_a_compiled_donation_takes_views_that_do_not_overlap() -> None:
+    flat = torch.ones(100)
+    params = {"a": flat[:40], "b": flat[60:]}
+    given = params, random_like(params, 1), adam_init(params, AdamHparams()), torch.tensor(0.1)
+    expected = donated(*cloned(given))
+    assert_close(torch.compile(donated, fullgraph=True, backend="aot_eager")(*given), expected)
+    assert_close(params, expected[0])
+    assert torch.equal(flat[40:60], torch.ones(20))
+
+
+@pytest.mark.parametrize("tracer", ["export", "strict export", "make_fx"])
+def test_a_donation_is_refused_in_a_graph_that_outlives_the_process(tracer: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *given: Any) -> Any:
+            return donated(*given)
+
+    def trace(*given: Any) -> Any:
+        if tracer == "make_fx":
+            return make_fx(donated)(*given)
+        return torch.export.export(Module(), given, strict=tracer == "strict export")
+
+    given = overlapping("none")
+    before = cloned(given)
+    with pytest.raises(Exception, match="Cannot donate in a graph that is exported or traced"):
+        trace(*given)
+    assert_equal(given, before)
