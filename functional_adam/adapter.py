@@ -140,14 +140,12 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 for group, own in zip(groups, places, strict=True)
                 if own
             ]
+            # A failure in a later group must leave the earlier ones as they were.
+            updates = [call.prepare() for call in calls]
             if len(calls) > 1:
-                # A failure in a later group must leave the earlier ones as they were. A step that finds an infinity
-                # checks everything and changes nothing.
-                for call in calls:
-                    call.run(found_inf=1.0)
                 check_apart(calls)
-            for call in calls:
-                call.run(found_inf=None)
+            for update in updates:
+                update()
         for call in calls:
             for place, row in call.rows.items():
                 self.state[params[place]].update(row)

@@ -1,18 +1,21 @@
-"""A parameter group of a stateful optimizer: its defaults, its hyperparameters, its call of adam_update."""
+"""A parameter group of a stateful optimizer: its defaults, its hyperparameters, its update."""
 
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional_adam.arguments import flatten_arguments
+from functional_adam.dispatch import select_way
 from functional_adam.donation import find_overlap
 from functional_adam.hparams import AdamHparams
 from functional_adam.planning import KernelName
 from functional_adam.state import AdamState, adam_init
-from functional_adam.update import adam_update
+from functional_adam.update import run_update
 
 _BETAS = ("beta1", "beta2")  # the names in torch's functional classes
 _HPARAMS = tuple(field.name for field in fields(AdamHparams))
@@ -54,7 +57,7 @@ def check_pairs(params: Any, grads: Any) -> None:
 
 
 class Call(NamedTuple):
-    """One group's call of adam_update. Keys are places in the list of parameters, as errors name them."""
+    """One group's update. Keys are places in the list of parameters, as errors name them."""
 
     params: dict[int, Tensor]
     grads: dict[int, Any]
@@ -62,8 +65,8 @@ class Call(NamedTuple):
     hparams: AdamHparams
     kernel: KernelName
 
-    def run(self, found_inf: float | None) -> None:
-        """Update parameters and rows."""
+    def prepare(self) -> Callable[[], Any]:
+        """Check everything and write nothing; what comes back updates parameters and rows."""
         # A donated step object is emptied, but its memory has the new value: an alias is given away.
         state = AdamState(
             step={place: row["step"].detach() for place, row in self.rows.items()},
@@ -71,7 +74,8 @@ class Call(NamedTuple):
             exp_avg_sq=self._column("exp_avg_sq"),
             max_exp_avg_sq=self._column("max_exp_avg_sq") if self.hparams.amsgrad else (),
         )
-        adam_update(self.params, self.grads, state, self.hparams, kernel=self.kernel, donate=True, found_inf=found_inf)
+        given = flatten_arguments(self.params, self.grads, state, self.hparams, None, None)
+        return partial(run_update, given, select_way(given, self.kernel, donate=True), state, donate=True)
 
     def _column(self, name: str) -> dict[int, Any]:
         return {place: row.get(name) for place, row in self.rows.items()}

@@ -81,7 +81,11 @@ def adam_update(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
     """
     given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    way = select_way(given, kernel, donate=donate)
+    return run_update(given, select_way(given, kernel, donate=donate), state, donate=donate)
+
+
+def run_update(given: Arguments, way: Way, state: AdamState, *, donate: bool) -> tuple[TensorTree, AdamState]:
+    """What `adam_update` does once its arguments are read and checked; `state` is the one in `given`."""
     if way.watched_by is None:
         buffers, steps = _run_kernel(given, way, donate=donate)
     else:
@@ -96,7 +100,7 @@ def adam_update(
         step=steps[0] if given.is_step_shared else unflatten(steps),
         exp_avg=unflatten(buffers.exp_avgs),
         exp_avg_sq=unflatten(buffers.exp_avg_sqs),
-        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
+        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if buffers.max_exp_avg_sqs else state.max_exp_avg_sq,
         master_params=unflatten(masters) if given.narrow else state.master_params,
     )
 

@@ -295,6 +295,31 @@ def test_a_failed_step_changes_nothing(kernel: str, fault: str, is_first: bool, 
     assert_equal([p.detach() for p in params], torch_adam(make_params(), gradients, {"lr": 0.1}, kernel).params)
 
 
+@each_kernel
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_step_leaves_a_pending_backward_as_it_was(
+    kernel: str, fault: str, is_first: bool, groups: int
+) -> None:
+    params = make_params()
+    split = [{"params": params[:1]}, {"params": params[1:]}] if groups == 2 else params
+    optimizer = _FunctionalAdam(split, lr=0.1, **FLAGS[kernel])
+    if not is_first:
+        optimizer.step(make_grads(0))
+    tensors = [*params, *(x for p in params if p in optimizer.state for x in optimizer.state[p].values())]
+    versions = [x._version for x in tensors]
+    loss = torch.stack([(p**3).sum() for p in params]).sum()
+    bad, error, match = FAULTS[fault]
+    grads: list[Any] = make_grads(1)
+    grads[1] = bad
+    with pytest.raises(error, match=match):
+        optimizer.step(grads)
+    assert [x._version for x in tensors] == versions
+    loss.backward()
+    assert_close([p.grad for p in params], [3 * p.detach() ** 2 for p in params])
+
+
 @pytest.mark.parametrize("count", [0, 4, 6])
 def test_a_list_of_the_wrong_length_is_refused_in_torchs_words(count: int) -> None:
     params = make_params()

@@ -53,7 +53,7 @@ IMPORTS = {
     "checkpoint": {"donation", "hparams", "leaves", "state"},
     "torch_param_groups": {"checkpoint", "hparams"},
     "torch_state": {"arguments", "checkpoint", "hparams", "state", "torch_param_groups"},
-    "param_groups": {"donation", "hparams", "planning", "state", "update"},
+    "param_groups": {"arguments", "dispatch", "donation", "hparams", "planning", "state", "update"},
     "adapter": {"param_groups"},
     "distributed.registration": {"adapter"},
     "distributed.rpc": {"distributed.registration"},
