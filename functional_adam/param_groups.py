@@ -4,7 +4,7 @@ from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_adam.arguments import flatten_arguments
 from functional_adam.dispatch import select_way
 from functional_adam.donation import find_overlap
-from functional_adam.hparams import AdamHparams
+from functional_adam.hparams import AdamHparams, number_fault
 from functional_adam.planning import KernelName
 from functional_adam.state import AdamState, adam_init
 from functional_adam.update import run_update
@@ -112,7 +112,22 @@ def group_call(
 
 def hparams_of_group(group: Mapping[str, Any]) -> AdamHparams:
     """The hyperparameters of a group; raise if they are none."""
-    return AdamHparams(**{name: group[name] for name in _HPARAMS})
+    return AdamHparams(**{name: _without_dimensions(group[name], name) for name in _HPARAMS})
+
+
+def _without_dimensions(value: Any, name: str) -> Any:
+    """`value`, where a tensor of one element may have any shape, as in torch.optim."""
+    if isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        return [_without_dimensions(x, f"{name}[{i}]") for i, x in enumerate(items)]
+    if not isinstance(value, Tensor) or number_fault(value) or not value.shape:
+        return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"Tensor {name} must be 1-element, but it has shape {tuple(value.shape)}. "
+            "Give each parameter group a number of its own."
+        )
+    return value.reshape(())
 
 
 def kernel_of(group: Mapping[str, Any]) -> KernelName:
