@@ -42,6 +42,10 @@ class AdamState(NamedTuple):
     """Like params: float32 copies of parameters of less precision, in U; () for any other leaf. () without copies."""
 
 
+_serialization: Any = torch.serialization
+_serialization.add_safe_globals([AdamState, AdamHparams])  # for torch.load(..., weights_only=True)
+
+
 def adam_init(
     params: TensorTree,
     hparams: AdamHparams,

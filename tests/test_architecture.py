@@ -147,15 +147,17 @@ def test_import_is_light_and_silent(package: str):
     assert out.strip() == "[]"
 
 
-def test_import_registers_only_its_own_pytree_node():
+def test_import_registers_only_its_own_classes():
     out = run_python(
         "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
         "optree_before = set(optree.register_pytree_node.get());"
+        "safe_before = torch.serialization.get_safe_globals();"
         "import functional_adam;"
         "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
-        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before])"
+        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before],"
+        "sorted(c.__name__ for c in set(torch.serialization.get_safe_globals()) - set(safe_before)))"
     )
-    assert out.strip() == "['AdamHparams'] ['AdamHparams']"
+    assert out.strip() == "['AdamHparams'] ['AdamHparams'] ['AdamHparams', 'AdamState']"
 
 
 def test_the_page_shows_the_import_graph():

@@ -202,6 +202,38 @@ def test_copies_of_tensor_hparams_have_tensors_of_their_own(round_trip: Callable
     assert copied.lr.data_ptr() != hparams.lr.data_ptr()
 
 
+def test_copies_of_gradients_are_not_checked() -> None:
+    gradients: Any = optree.tree_map(lambda x: -x, build(lr=0.5))
+    assert copy.deepcopy(gradients).lr == -0.5
+
+
+def saved(changes: dict[str, Any], missing: str = "") -> bytes:
+    """A pickle of an AdamHparams with other contents."""
+    hparams = AdamHparams(lr=0.1, betas=(0.2, 0.3), maximize=True)
+    vars(hparams).update(changes)
+    vars(hparams).pop(missing, None)
+    return pickle.dumps(hparams)
+
+
+def test_fields_that_an_older_file_lacks_have_their_defaults() -> None:
+    loaded = pickle.loads(saved({}, missing="weight_decay"))
+    assert vars(loaded) == vars(AdamHparams(lr=0.1, betas=(0.2, 0.3), maximize=True))
+
+
+def test_what_a_later_version_has_saved_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"A saved AdamHparams holds \['lr', .*'nesterov'\]. Expected a dict with .*later"
+    ):
+        pickle.loads(saved({"nesterov": True}))
+    with pytest.raises(TypeError, match=r"A saved AdamHparams holds list. Expected a dict with the keys \['lr', "):
+        object.__new__(AdamHparams).__setstate__([0.1])
+
+
+def test_saved_flags_are_flags() -> None:
+    with pytest.raises(TypeError, match=r"hparams.amsgrad is 'no'. Expected True or False"):
+        pickle.loads(saved({"amsgrad": "no"}))
+
+
 def test_a_treespec_survives_pickle_and_json() -> None:
     treespec = optree.tree_structure(AdamHparams(amsgrad=True))
     assert pickle.loads(pickle.dumps(treespec)) == treespec
