@@ -77,9 +77,9 @@ def flatten_arguments(
     if is_step_shared and not listed.has_all_grads and not treespec.is_leaf():
         missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
         raise ValueError(
-            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot stand still "
-            "for one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips "
-            "the leaf."
+            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot skip one of "
+            "them. Give zeros, or make the state with a step per leaf, which skips the leaf: "
+            "adam_init(..., per_leaf_step=True) or transformation.adam(..., per_leaf_step=True)."
         )
     return Arguments(
         treespec,

@@ -115,6 +115,8 @@ _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 
 def check_scalar(value: Any, where: str) -> None:
     """Raise unless `value` can stand for a number: real, not a flag, and not too large."""
+    if isinstance(value, AdamHparams):
+        raise TypeError(f"{where} is an AdamHparams. Expected a number or a 0-dim tensor: give one of its numbers.")
     if isinstance(value, Tensor):
         fault = number_fault(value)
         if fault or value.dtype is torch.bool:
@@ -180,9 +182,14 @@ def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
     if isinstance(number, (Tensor, Real)):
         return [(name, number)]
     if is_tracing():  # where an error's path is not worth a treespec, which dynamo makes of no dict of constants
-        return [(name, leaf) for leaf in optree.tree_leaves(number, none_is_leaf=True)]
-    leaves, treespec = optree.tree_flatten(number, none_is_leaf=True)
+        return [(name, leaf) for leaf in optree.tree_leaves(number, _is_hparams, none_is_leaf=True)]
+    leaves, treespec = optree.tree_flatten(number, _is_hparams, none_is_leaf=True)
     return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
+
+
+def _is_hparams(x: Any) -> bool:
+    """A pytree too, but of no parameters."""
+    return isinstance(x, AdamHparams)
 
 
 def _check_range(number: ScalarTree, where: str, what: str, *, below: float = math.inf) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 
@@ -272,6 +273,29 @@ def test_betas_from_one_on_are_refused(name: str, kind: Callable[[float], Any], 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, torch.tensor(0.0), torch.tensor(0.5, dtype=torch.float64)], ids=str)
 def test_values_in_range_are_kept_as_they_are(name: str, value: Any) -> None:
     assert leaves_of(build(**{name: value}))[NUMBERS.index(name)] is value
+
+
+NESTED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "number": (lambda x: x, ""),
+    "tree": (lambda x: {"w": [0.1, x]}, r"\['w'\]\[1\]"),
+}
+
+
+@each_number
+@pytest.mark.parametrize("nested", NESTED)
+def test_hyperparameters_are_no_number_of_hyperparameters(name: str, nested: str) -> None:
+    put, path = NESTED[nested]
+    where = {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
+    match = rf"^hparams\.{where}{path} is an AdamHparams\. Expected a number .* give one of its numbers"
+    with pytest.raises(TypeError, match=match):
+        build(**{name: put(AdamHparams())})
+    with pytest.raises(TypeError, match=rf"^hparams\.{where} is an AdamHparams"):
+        make_fx(lambda x: build(**{name: put(AdamHparams())}) and x)(torch.ones(()))
+    # Rebuilt ones are checked where they are used.
+    rebuilt: Any = optree.tree_map(lambda x: put(AdamHparams()) if x == 0.25 else x, build(**{name: 0.25}))
+    params = {"w": [torch.ones(2), torch.ones(2)]}
+    with pytest.raises(TypeError, match=match):
+        adam_update(params, params, adam_init(params, AdamHparams()), rebuilt)
 
 
 @pytest.mark.parametrize("name", ["lr", "beta1", "eps", "weight_decay"])
