@@ -9,11 +9,10 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
 from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
 from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
-from functional_adam.state import AdamState, TensorTree
+from functional_adam.state import AdamState, TensorTree, is_spent
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
 from functional_adam.trees import broadcast_prefix, flatten_like, path_of
 
