@@ -138,6 +138,24 @@ def test_public_names_are_the_written_ones():
         assert getattr(functional_adam, name).__doc__
 
 
+def test_dir_shows_the_public_names_alone():
+    submodules = {"distributed", "recycling", "transformation"}
+    shown = dir(functional_adam)
+    assert {name for name in shown if not name.startswith("__")} == PUBLIC_NAMES | submodules
+    assert {"__version__", "__doc__", "__all__", "__path__"} <= {*shown}
+    assert all(hasattr(functional_adam, name) for name in shown)
+    with pytest.raises(AttributeError, match=r"^module 'functional_adam' has no attribute 'adam'$"):
+        functional_adam.adam  # noqa: B018
+
+
+def test_distributed_is_imported_when_it_is_asked_for():
+    out = run_python(
+        "import sys, functional_adam; name = 'functional_adam.distributed'; print(name in sys.modules);"
+        "print(functional_adam.distributed is sys.modules[name], functional_adam.distributed.register.__name__)"
+    )
+    assert out.split() == ["False", "True", "register"]
+
+
 @pytest.mark.parametrize("package", ["functional_adam", "functional_adam.distributed"])
 def test_import_is_light_and_silent(package: str):
     out = run_python(
