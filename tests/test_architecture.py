@@ -46,8 +46,8 @@ IMPORTS = {
     },
     "dispatch": {"arguments", "donation", "equations", "hparams", "leaves", "planning", "tracking"},
     "update": {
-        *("arguments", "dispatch", "donation", "equations", "hparams", "leaves", "planning", "recycling", "rules"),
-        "state",
+        *("arguments", "dispatch", "donation", "equations", "hparams", "layouts", "leaves", "planning", "recycling"),
+        *("rules", "state"),
     },
     "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state"},
     "transformation": {"donation", "hparams", "leaves", "planning", "state", "tracking", "trees", "update"},
