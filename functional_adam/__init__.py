@@ -1,5 +1,8 @@
 """A pure Adam for PyTorch: immutable state, one update function, torch's own kernels underneath."""
 
+import importlib
+from types import ModuleType
+
 from functional_adam import transformation
 from functional_adam.adapter import _FunctionalAdam, _FunctionalAdamW
 from functional_adam.checkpoint import state_from_dict, state_to_dict
@@ -26,3 +29,18 @@ __all__ = [
     "transformation",
 ]
 __version__ = "0.1.0"
+_SUBMODULES = ("distributed", "recycling", "transformation")  # those that are public
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES, *(name for name in globals() if name[:2] == name[-2:] == "__")})
+
+
+def _lazily(name: str) -> ModuleType:
+    if name == "distributed":
+        return importlib.import_module("functional_adam.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# Not by a `def`, which would let type checkers take any name for a module.
+globals()["__getattr__"] = _lazily

@@ -1,7 +1,7 @@
 """_FunctionalAdam and _FunctionalAdamW: the pure update behind the stateful interface that torch.distributed calls."""
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,20 +11,35 @@ from functional_adam.param_groups import Defaults, check_apart, check_pairs, gro
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 
 
+def _flag(name: str) -> property:
+    """The flag of the first group; setting it sets those of all groups, for the next step."""
+
+    def get(optimizer: "_FunctionalAdam") -> bool:
+        return optimizer.param_group[name]
+
+    def set_all(optimizer: "_FunctionalAdam", value: bool) -> None:
+        optimizer.defaults[name] = value
+
+    return property(
+        get, set_all, doc=f"`{name}` of the first group. Setting it sets all groups, from the next step on."
+    )
+
+
 class _FunctionalAdam(torch.optim.Optimizer):
     """Adam as an object: `torch.distributed.optim.functional_adam._FunctionalAdam` without TorchScript.
 
     Every step is one donated :func:`adam_update` a parameter group: parameters and moments are updated in place,
     whatever grad mode is on. Being a `torch.optim.Optimizer` too, it takes parameter groups, learning rate schedulers
     and hooks, and its `state_dict` is that of `torch.optim.Adam`. Hyperparameters are read from `param_groups` at each
-    step; what is set in `defaults` is set in every group.
+    step. What is set in `defaults` is set in every group; so is what is set as `amsgrad`, `maximize`, `foreach` or
+    `fused` on the optimizer, which torch's class has too.
 
     Each parameter has its own `step`, a float32 tensor on the parameter's device. A call that raises changes nothing.
     Threads may call `step_param` at once on different parameters of one instance.
 
     Args:
         params: parameters, pairs of name and parameter, or dicts with "params" and hyperparameters of their own.
-        lr: learning rate, in units U of the parameters.
+        lr: learning rate, in units U of the parameters. This and the following numbers may be tensors of one element.
         betas: decay rates of the running means of g and of g * g.
         eps: added to the denominator, in L/U (L is the unit of the loss).
         weight_decay: L2 penalty in L/U^2; for `_FunctionalAdamW` decoupled, in 1/U.
@@ -35,7 +50,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
 
     Raises:
         TypeError: a hyperparameter is of the wrong type.
-        ValueError: a hyperparameter is out of its range; there are no parameters.
+        ValueError: a hyperparameter is out of its range, or a tensor of several elements; there are no parameters.
         RuntimeError: both `foreach` and `fused` are set.
 
     Example:
@@ -50,6 +65,10 @@ class _FunctionalAdam(torch.optim.Optimizer):
     """
 
     _is_decoupled = False
+    amsgrad = _flag("amsgrad")
+    maximize = _flag("maximize")
+    foreach = _flag("foreach")
+    fused = _flag("fused")
 
     def __init__(
         self,
@@ -81,13 +100,16 @@ class _FunctionalAdam(torch.optim.Optimizer):
         return self.param_groups[0]
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's functional classes put gradients first)
-        self, gradients: Sequence[Tensor | None] | None = None, closure: Callable[[], Any] | None = None
+        self,
+        gradients: Sequence[Tensor | None] | Callable[[], Any] | None = None,
+        closure: Callable[[], Any] | None = None,
     ) -> Any:
         """Update every parameter that has a gradient.
 
         Args:
             gradients: one for each parameter, group after group, in the parameters' shapes, in L/U. A parameter whose
-                gradient is None stands still. Without the argument, the parameters' `.grad`.
+                gradient is None is skipped. Without the argument, the parameters' `.grad`. A function here is the
+                closure, as in `torch.optim.Optimizer.step`.
             closure: recomputes the loss, which is returned, and with it `.grad`, first.
 
         Raises:
@@ -96,23 +118,24 @@ class _FunctionalAdam(torch.optim.Optimizer):
             RuntimeError: the kernel cannot run here, or tensors share memory. Nothing is changed by any of these.
         """
         loss = None
+        if callable(gradients) and closure is None:
+            gradients, closure = None, gradients
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
-        if gradients is None:
-            gradients = [param.grad for param in params]
-        elif not isinstance(gradients, (list, tuple)):
+        if gradients is not None and not isinstance(gradients, (list, tuple)):
             raise TypeError(
                 f"gradients is of type {type(gradients).__name__}. Expected a list of tensors and None, one for each "
-                "parameter: give a closure by keyword."
+                "parameter, or a closure."
             )
-        if len(params) != len(gradients):
+        params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
+        grads = [x.grad for x in params] if gradients is None else cast("Sequence[Tensor | None]", gradients)
+        if len(params) != len(grads):
             raise ValueError(
-                "the gradients passed in does not equal to the size of the parameters!"
-                f"Params length: {len(params)}. Gradients length: {len(gradients)}"
+                f"gradients has length {len(grads)}, but the optimizer has {len(params)} parameters. Give one for "
+                "each, in the order of param_groups, and None for a parameter that is to be skipped."
             )
-        self.step_params(params, gradients)
+        self.step_params(params, grads)
         return loss
 
     def step_param(self, param: Tensor, grad: Tensor | None) -> None:
@@ -140,14 +163,12 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 for group, own in zip(groups, places, strict=True)
                 if own
             ]
+            # A failure in a later group must leave the earlier ones as they were.
+            updates = [call.prepare() for call in calls]
             if len(calls) > 1:
-                # A failure in a later group must leave the earlier ones as they were. A step that finds an infinity
-                # checks everything and changes nothing.
-                for call in calls:
-                    call.run(found_inf=1.0)
                 check_apart(calls)
-            for call in calls:
-                call.run(found_inf=None)
+            for update in updates:
+                update()
         for call in calls:
             for place, row in call.rows.items():
                 self.state[params[place]].update(row)

@@ -9,11 +9,10 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.donation import is_spent
 from functional_adam.equations import Scalars
 from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
 from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
-from functional_adam.state import AdamState, TensorTree
+from functional_adam.state import AdamState, TensorTree, is_spent
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
 from functional_adam.trees import broadcast_prefix, flatten_like, path_of
 
@@ -77,9 +76,9 @@ def flatten_arguments(
     if is_step_shared and not listed.has_all_grads and not treespec.is_leaf():
         missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
         raise ValueError(
-            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot stand still "
-            "for one of them. Give zeros, or make the state with adam_init(..., per_leaf_step=True), which skips "
-            "the leaf."
+            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot skip one of "
+            "them. Give zeros, or make the state with a step per leaf, which skips the leaf: "
+            "adam_init(..., per_leaf_step=True) or transformation.adam(..., per_leaf_step=True)."
         )
     return Arguments(
         treespec,

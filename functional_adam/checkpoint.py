@@ -8,10 +8,9 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.donation import is_spent
 from functional_adam.hparams import AdamHparams, check_scalar, number_fault, to_float
 from functional_adam.leaves import DTYPES, tensor_fault
-from functional_adam.state import AdamState, TensorTree, adam_init
+from functional_adam.state import AdamState, TensorTree, adam_init, is_spent
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
 

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from optree import PyTreeSpec
@@ -13,11 +13,6 @@ from functional_adam.leaves import BUFFER_NAMES, Buffers, local_shard
 from functional_adam.tracking import is_fake
 from functional_adam.traits import Traits
 from functional_adam.trees import path_of
-
-
-def is_spent(step: Any) -> bool:
-    """Whether `step` belongs to a state that was donated: `replace_steps_` has emptied it."""
-    return isinstance(step, Tensor) and step.shape == (0,)
 
 
 def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -81,6 +81,21 @@ class AdamHparams:
         _check_range(self.betas[1], NUMBER_NAMES[2], "beta parameter at index 1", below=1.0)
         _check_range(self.eps, NUMBER_NAMES[3], "epsilon value")
         _check_range(self.weight_decay, NUMBER_NAMES[4], "weight_decay value")
+        self._check_flags()
+
+    def __setstate__(self, saved: Any) -> None:
+        """Rebuild a copy, or what a file holds: values are not checked, fields that an older file lacks are added."""
+        defaults: dict[str, Any] = {x.name: x.default for x in fields(self)}
+        if not isinstance(saved, dict) or not saved.keys() <= defaults.keys():
+            got = list(saved) if isinstance(saved, dict) else type(saved).__name__  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            raise TypeError(
+                f"A saved AdamHparams holds {got}. Expected a dict with the keys {list(defaults)}: load it with the "
+                "version of functional_adam that saved it, or a later one."
+            )
+        vars(self).update(defaults | saved)
+        self._check_flags()
+
+    def _check_flags(self) -> None:
         for name in _FLAGS:
             flag: Any = getattr(self, name)
             if not isinstance(flag, bool):
@@ -100,6 +115,8 @@ _NUMBERS = ("lr", "betas", "eps", "weight_decay")
 
 def check_scalar(value: Any, where: str) -> None:
     """Raise unless `value` can stand for a number: real, not a flag, and not too large."""
+    if isinstance(value, AdamHparams):
+        raise TypeError(f"{where} is an AdamHparams. Expected a number or a 0-dim tensor: give one of its numbers.")
     if isinstance(value, Tensor):
         fault = number_fault(value)
         if fault or value.dtype is torch.bool:
@@ -165,9 +182,14 @@ def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
     if isinstance(number, (Tensor, Real)):
         return [(name, number)]
     if is_tracing():  # where an error's path is not worth a treespec, which dynamo makes of no dict of constants
-        return [(name, leaf) for leaf in optree.tree_leaves(number, none_is_leaf=True)]
-    leaves, treespec = optree.tree_flatten(number, none_is_leaf=True)
+        return [(name, leaf) for leaf in optree.tree_leaves(number, _is_hparams, none_is_leaf=True)]
+    leaves, treespec = optree.tree_flatten(number, _is_hparams, none_is_leaf=True)
     return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
+
+
+def _is_hparams(x: Any) -> bool:
+    """A pytree too, but of no parameters."""
+    return isinstance(x, AdamHparams)
 
 
 def _check_range(number: ScalarTree, where: str, what: str, *, below: float = math.inf) -> None:

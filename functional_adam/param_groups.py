@@ -1,18 +1,21 @@
-"""A parameter group of a stateful optimizer: its defaults, its hyperparameters, its call of adam_update."""
+"""A parameter group of a stateful optimizer: its defaults, its hyperparameters, its update."""
 
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from functional_adam.arguments import flatten_arguments
+from functional_adam.dispatch import select_way
 from functional_adam.donation import find_overlap
-from functional_adam.hparams import AdamHparams
+from functional_adam.hparams import AdamHparams, number_fault
 from functional_adam.planning import KernelName
 from functional_adam.state import AdamState, adam_init
-from functional_adam.update import adam_update
+from functional_adam.update import run_update
 
 _BETAS = ("beta1", "beta2")  # the names in torch's functional classes
 _HPARAMS = tuple(field.name for field in fields(AdamHparams))
@@ -54,7 +57,7 @@ def check_pairs(params: Any, grads: Any) -> None:
 
 
 class Call(NamedTuple):
-    """One group's call of adam_update. Keys are places in the list of parameters, as errors name them."""
+    """One group's update. Keys are places in the list of parameters, as errors name them."""
 
     params: dict[int, Tensor]
     grads: dict[int, Any]
@@ -62,8 +65,8 @@ class Call(NamedTuple):
     hparams: AdamHparams
     kernel: KernelName
 
-    def run(self, found_inf: float | None) -> None:
-        """Update parameters and rows."""
+    def prepare(self) -> Callable[[], Any]:
+        """Check everything and write nothing; what comes back updates parameters and rows."""
         # A donated step object is emptied, but its memory has the new value: an alias is given away.
         state = AdamState(
             step={place: row["step"].detach() for place, row in self.rows.items()},
@@ -71,7 +74,8 @@ class Call(NamedTuple):
             exp_avg_sq=self._column("exp_avg_sq"),
             max_exp_avg_sq=self._column("max_exp_avg_sq") if self.hparams.amsgrad else (),
         )
-        adam_update(self.params, self.grads, state, self.hparams, kernel=self.kernel, donate=True, found_inf=found_inf)
+        given = flatten_arguments(self.params, self.grads, state, self.hparams, None, None)
+        return partial(run_update, given, select_way(given, self.kernel, donate=True), state, donate=True)
 
     def _column(self, name: str) -> dict[int, Any]:
         return {place: row.get(name) for place, row in self.rows.items()}
@@ -108,7 +112,22 @@ def group_call(
 
 def hparams_of_group(group: Mapping[str, Any]) -> AdamHparams:
     """The hyperparameters of a group; raise if they are none."""
-    return AdamHparams(**{name: group[name] for name in _HPARAMS})
+    return AdamHparams(**{name: _without_dimensions(group[name], name) for name in _HPARAMS})
+
+
+def _without_dimensions(value: Any, name: str) -> Any:
+    """`value`, where a tensor of one element may have any shape, as in torch.optim."""
+    if isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        return [_without_dimensions(x, f"{name}[{i}]") for i, x in enumerate(items)]
+    if not isinstance(value, Tensor) or number_fault(value) or not value.shape:
+        return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"Tensor {name} must be 1-element, but it has shape {tuple(value.shape)}. "
+            "Give each parameter group a number of its own."
+        )
+    return value.reshape(())
 
 
 def kernel_of(group: Mapping[str, Any]) -> KernelName:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_adam.hparams import AdamHparams, check_flag, check_hparams_type
 from functional_adam.leaves import DTYPES, MASTER_DTYPES, check_params
+from functional_adam.printing import shown
 from functional_adam.trees import path_of
 
 TensorTree: TypeAlias = Any
@@ -17,12 +18,13 @@ TensorTree: TypeAlias = Any
 class AdamState(NamedTuple):
     """What Adam remembers between two updates: an immutable pytree, made by :func:`adam_init`.
 
-    Absent is `()`, since `torch.func.vmap` rejects None. The parameters have the unit U, the loss has L.
+    Absent is `()`, since `torch.func.vmap` rejects None. The parameters have the unit U, the loss has L. Printing a
+    state shows the dtypes and shapes of its tensors; print a tensor of it for values.
 
     Example:
-        >>> state = adam_init(torch.ones(3), AdamHparams())
-        >>> state._fields
-        ('step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'master_params')
+        >>> state = adam_init(torch.ones(2, 3), AdamHparams())
+        >>> state
+        AdamState(step=f32[], exp_avg=f32[2, 3], exp_avg_sq=f32[2, 3], max_exp_avg_sq=(), master_params=())
         >>> state._replace(step=torch.tensor(7.0)).step
         tensor(7.)
 
@@ -40,6 +42,21 @@ class AdamState(NamedTuple):
     """Like params: largest exp_avg_sq so far, in L^2/U^2. () without amsgrad."""
     master_params: TensorTree = ()
     """Like params: float32 copies of parameters of less precision, in U; () for any other leaf. () without copies."""
+
+    def __repr__(self) -> str:
+        # The memory of a donated state holds the values of another one.
+        is_donated = any(map(is_spent, optree.tree_leaves(self.step)))
+        texts = ["donated" if is_donated and text != "()" else text for text in map(shown, self)]
+        return f"AdamState({', '.join(f'{name}={text}' for name, text in zip(self._fields, texts, strict=True))})"
+
+
+_serialization: Any = torch.serialization
+_serialization.add_safe_globals([AdamState, AdamHparams])  # for torch.load(..., weights_only=True)
+
+
+def is_spent(step: Any) -> bool:
+    """Whether `step` belongs to a state that was donated: `replace_steps_` has emptied it."""
+    return isinstance(step, Tensor) and step.shape == (0,)
 
 
 def adam_init(

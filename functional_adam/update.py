@@ -11,6 +11,7 @@ from functional_adam.dispatch import EQUATIONS, Way, select_way
 from functional_adam.donation import release, replace_steps_
 from functional_adam.equations import update_leaf
 from functional_adam.hparams import AdamHparams, Scalar
+from functional_adam.layouts import with_layout_of
 from functional_adam.leaves import Buffers, local_shards
 from functional_adam.planning import KernelName, group_leaves, run_kernel
 from functional_adam.recycling import copies
@@ -82,7 +83,11 @@ def adam_update(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
     """
     given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    way = select_way(given, kernel, donate=donate)
+    return run_update(given, select_way(given, kernel, donate=donate), state, donate=donate)
+
+
+def run_update(given: Arguments, way: Way, state: AdamState, *, donate: bool) -> tuple[TensorTree, AdamState]:
+    """What `adam_update` does once its arguments are read and checked; `state` is the one in `given`."""
     if way.watched_by is None:
         buffers, steps = _run_kernel(given, way, donate=donate)
     else:
@@ -92,12 +97,12 @@ def adam_update(
                 old.copy_(new)
             buffers, steps = given.buffers, given.steps
     unflatten = given.treespec.unflatten
-    params, masters = _rounded(given, buffers.params, donate=donate)
+    params, masters = _rounded(given, way, buffers.params, donate=donate)
     return unflatten(params), AdamState(
         step=steps[0] if given.is_step_shared else unflatten(steps),
         exp_avg=unflatten(buffers.exp_avgs),
         exp_avg_sq=unflatten(buffers.exp_avg_sqs),
-        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
+        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if buffers.max_exp_avg_sqs else state.max_exp_avg_sq,
         master_params=unflatten(masters) if given.narrow else state.master_params,
     )
 
@@ -143,15 +148,22 @@ def _run_kernel(given: Arguments, way: Way, *, donate: bool) -> tuple[Buffers, l
     return new, steps
 
 
-def _rounded(given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
+def _rounded(given: Arguments, way: Way, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
     """The new parameters, those with a master as its rounding, and the new masters."""
     params = list(wide)
     masters: list[Any] = [()] * len(wide)
     for index, old in given.narrow.items():
         masters[index] = wide[index]
         # Where nothing moves, nothing is rounded either.
-        new = old if given.grads[index] is None else _where(given.found_inf, wide[index].to(old.dtype), old)
-        params[index] = release([old.copy_(new)])[0] if donate else new.clone() if new is old else new
+        is_skipped = given.grads[index] is None or way.found_inf is True
+        new = old if is_skipped else _where(way.found_inf, wide[index], old)
+        # The layout is that of the parameter, whatever that of its master is.
+        if donate:
+            params[index] = release([old.copy_(new.to(old.dtype) if old.is_neg() else new)])[0]
+        elif way.watched_by is None:
+            params[index] = torch.empty_like(old).copy_(new)
+        else:
+            params[index] = old.clone() if is_skipped else with_layout_of(new.to(old.dtype), old)
     return params, masters
 
 

@@ -14,6 +14,7 @@ PACKAGE = Path(functional_adam.__file__).parent
 # Each module and what it may import of ours: a directed graph without cycles, lowest first.
 IMPORTS = {
     "layouts": set(),
+    "printing": set(),
     "tracking": set(),
     "trees": set(),
     "hparams": {"layouts", "tracking"},
@@ -21,13 +22,13 @@ IMPORTS = {
     "scalars": {"equations", "hparams"},
     "derivatives": {"equations", "hparams", "scalars"},
     "leaves": {"equations", "layouts", "trees"},
-    "state": {"hparams", "leaves", "trees"},
+    "state": {"hparams", "leaves", "printing", "trees"},
     "recycling": {"layouts"},
     "traits": {"leaves", "recycling", "tracking"},
     "donation": {"leaves", "tracking", "traits", "trees"},
     "kernels": {"equations", "hparams", "leaves", "tracking"},
     "planning": {"equations", "hparams", "kernels", "layouts", "leaves", "recycling", "tracking"},
-    "arguments": {"donation", "equations", "hparams", "leaves", "state", "traits", "trees"},
+    "arguments": {"equations", "hparams", "leaves", "state", "traits", "trees"},
     "compiled_donation": {"arguments", "donation", "leaves"},
     "packing": {"equations", "hparams", "leaves", "planning", "recycling", "tracking"},
     "batching": {"equations", "hparams", "kernels", "leaves", "packing", "planning", "tracking"},
@@ -55,19 +56,19 @@ IMPORTS = {
             "donation",
             "equations",
             "hparams",
+            "layouts",
             "leaves",
             "planning",
             "recycling",
-            "rules",
         ),
-        "state",
+        *("rules", "state"),
     },
     "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state"},
     "transformation": {"donation", "hparams", "leaves", "planning", "state", "tracking", "trees", "update"},
-    "checkpoint": {"donation", "hparams", "leaves", "state"},
+    "checkpoint": {"hparams", "leaves", "state"},
     "torch_param_groups": {"checkpoint", "hparams"},
     "torch_state": {"arguments", "checkpoint", "hparams", "state", "torch_param_groups"},
-    "param_groups": {"donation", "hparams", "planning", "state", "update"},
+    "param_groups": {"arguments", "dispatch", "donation", "hparams", "planning", "state", "update"},
     "adapter": {"param_groups"},
     "distributed.registration": {"adapter"},
     "distributed.rpc": {"distributed.registration"},
@@ -161,6 +162,24 @@ def test_public_names_are_the_written_ones():
         assert getattr(functional_adam, name).__doc__
 
 
+def test_dir_shows_the_public_names_alone():
+    submodules = {"distributed", "recycling", "transformation"}
+    shown = dir(functional_adam)
+    assert {name for name in shown if not name.startswith("__")} == PUBLIC_NAMES | submodules
+    assert {"__version__", "__doc__", "__all__", "__path__"} <= {*shown}
+    assert all(hasattr(functional_adam, name) for name in shown)
+    with pytest.raises(AttributeError, match=r"^module 'functional_adam' has no attribute 'adam'$"):
+        functional_adam.adam  # noqa: B018
+
+
+def test_distributed_is_imported_when_it_is_asked_for():
+    out = run_python(
+        "import sys, functional_adam; name = 'functional_adam.distributed'; print(name in sys.modules);"
+        "print(functional_adam.distributed is sys.modules[name], functional_adam.distributed.register.__name__)"
+    )
+    assert out.split() == ["False", "True", "register"]
+
+
 @pytest.mark.parametrize("package", ["functional_adam", "functional_adam.distributed"])
 def test_import_is_light_and_silent(package: str):
     out = run_python(
@@ -171,15 +190,17 @@ def test_import_is_light_and_silent(package: str):
     assert out.strip() == "[]"
 
 
-def test_import_registers_only_its_own_pytree_node():
+def test_import_registers_only_its_own_classes():
     out = run_python(
         "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
         "optree_before = set(optree.register_pytree_node.get());"
+        "safe_before = torch.serialization.get_safe_globals();"
         "import functional_adam;"
         "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
-        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before])"
+        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before],"
+        "sorted(c.__name__ for c in set(torch.serialization.get_safe_globals()) - set(safe_before)))"
     )
-    assert out.strip() == "['AdamHparams'] ['AdamHparams']"
+    assert out.strip() == "['AdamHparams'] ['AdamHparams'] ['AdamHparams', 'AdamState']"
 
 
 def test_the_page_shows_the_import_graph():

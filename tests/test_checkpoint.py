@@ -3,6 +3,8 @@
 import copy
 import itertools
 import re
+import subprocess
+import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -522,6 +524,51 @@ def test_dicts_of_torch_go_through_torch_save(run: tuple[Any, AdamState, AdamHpa
     found = from_torch_state_dict(params, torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert_equal(found[0], state)
     assert found[1] == hparams
+
+
+SAVED_TREES: dict[str, Any] = {
+    "dict": {"w": leaf(0), "b": leaf(1, (2,), torch.bfloat16)},
+    "ordered": OrderedDict(w=leaf(0), b=(leaf(1), [leaf(2)])),
+    "bare": leaf(0, dtype=torch.complex64),
+    "without leaves": {},
+}
+
+
+@pytest.mark.parametrize("params", SAVED_TREES.values(), ids=SAVED_TREES)
+@pytest.mark.parametrize("options", [{}, {"per_leaf_step": True, "master_params": True}], ids=["plain", "masters"])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_states_and_hyperparameters_load_with_weights_only(
+    params: Any, options: dict[str, bool], amsgrad: bool, tmp_path: Path
+) -> None:
+    numbers: dict[str, Any] = {"lr": torch.tensor(0.1), "betas": (0.5, torch.tensor(0.75, dtype=torch.float64))}
+    if isinstance(params, dict):
+        numbers["weight_decay"] = type(params)(dict.fromkeys(params, 0.1))
+    hparams = AdamHparams(**numbers, amsgrad=amsgrad, decoupled_weight_decay=True)
+    state = adam_init(params, hparams, **options)
+    params, state = adam_update(params, params, state, hparams)
+    torch.save((params, state, hparams), tmp_path / "run.pt")
+    loaded_params, loaded, loaded_hparams = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert type(loaded) is AdamState
+    assert type(loaded_hparams) is AdamHparams
+    assert repr(loaded_hparams) == repr(hparams)
+    assert_equal((loaded_params, loaded), (params, state))
+    assert_equal(
+        adam_update(loaded_params, loaded_params, loaded, loaded_hparams), adam_update(params, params, state, hparams)
+    )
+
+
+def test_a_new_process_loads_states_and_hyperparameters_with_weights_only(tmp_path: Path) -> None:
+    hparams = AdamHparams(lr={"w": 0.5}, maximize=True)
+    state = adam_init({"w": torch.ones(2)}, hparams)
+    torch.save({"state": state, "hparams": hparams}, tmp_path / "run.pt")
+    code = (
+        f"import torch, functional_adam; loaded = torch.load({str(tmp_path / 'run.pt')!r}, weights_only=True);"
+        "print(loaded['hparams'].lr, loaded['hparams'].maximize, loaded['state'].exp_avg['w'].tolist())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert out.stdout == "{'w': 0.5} True [0.0, 0.0]\n"
 
 
 def test_stacked_states_come_back_with_a_step_that_members_share() -> None:

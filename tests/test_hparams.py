@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 
@@ -202,6 +205,38 @@ def test_copies_of_tensor_hparams_have_tensors_of_their_own(round_trip: Callable
     assert copied.lr.data_ptr() != hparams.lr.data_ptr()
 
 
+def test_copies_of_gradients_are_not_checked() -> None:
+    gradients: Any = optree.tree_map(lambda x: -x, build(lr=0.5))
+    assert copy.deepcopy(gradients).lr == -0.5
+
+
+def saved(changes: dict[str, Any], missing: str = "") -> bytes:
+    """A pickle of an AdamHparams with other contents."""
+    hparams = AdamHparams(lr=0.1, betas=(0.2, 0.3), maximize=True)
+    vars(hparams).update(changes)
+    vars(hparams).pop(missing, None)
+    return pickle.dumps(hparams)
+
+
+def test_fields_that_an_older_file_lacks_have_their_defaults() -> None:
+    loaded = pickle.loads(saved({}, missing="weight_decay"))
+    assert vars(loaded) == vars(AdamHparams(lr=0.1, betas=(0.2, 0.3), maximize=True))
+
+
+def test_what_a_later_version_has_saved_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"A saved AdamHparams holds \['lr', .*'nesterov'\]. Expected a dict with .*later"
+    ):
+        pickle.loads(saved({"nesterov": True}))
+    with pytest.raises(TypeError, match=r"A saved AdamHparams holds list. Expected a dict with the keys \['lr', "):
+        object.__new__(AdamHparams).__setstate__([0.1])
+
+
+def test_saved_flags_are_flags() -> None:
+    with pytest.raises(TypeError, match=r"hparams.amsgrad is 'no'. Expected True or False"):
+        pickle.loads(saved({"amsgrad": "no"}))
+
+
 def test_a_treespec_survives_pickle_and_json() -> None:
     treespec = optree.tree_structure(AdamHparams(amsgrad=True))
     assert pickle.loads(pickle.dumps(treespec)) == treespec
@@ -240,6 +275,29 @@ def test_betas_from_one_on_are_refused(name: str, kind: Callable[[float], Any], 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, torch.tensor(0.0), torch.tensor(0.5, dtype=torch.float64)], ids=str)
 def test_values_in_range_are_kept_as_they_are(name: str, value: Any) -> None:
     assert leaves_of(build(**{name: value}))[NUMBERS.index(name)] is value
+
+
+NESTED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "number": (lambda x: x, ""),
+    "tree": (lambda x: {"w": [0.1, x]}, r"\['w'\]\[1\]"),
+}
+
+
+@each_number
+@pytest.mark.parametrize("nested", NESTED)
+def test_hyperparameters_are_no_number_of_hyperparameters(name: str, nested: str) -> None:
+    put, path = NESTED[nested]
+    where = {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
+    match = rf"^hparams\.{where}{path} is an AdamHparams\. Expected a number .* give one of its numbers"
+    with pytest.raises(TypeError, match=match):
+        build(**{name: put(AdamHparams())})
+    with pytest.raises(TypeError, match=rf"^hparams\.{where} is an AdamHparams"):
+        make_fx(lambda x: build(**{name: put(AdamHparams())}) and x)(torch.ones(()))
+    # Rebuilt ones are checked where they are used.
+    rebuilt: Any = optree.tree_map(lambda x: put(AdamHparams()) if x == 0.25 else x, build(**{name: 0.25}))
+    params = {"w": [torch.ones(2), torch.ones(2)]}
+    with pytest.raises(TypeError, match=match):
+        adam_update(params, params, adam_init(params, AdamHparams()), rebuilt)
 
 
 @pytest.mark.parametrize("name", ["lr", "beta1", "eps", "weight_decay"])
@@ -369,3 +427,144 @@ def test_a_copied_state_continues_with_the_same_bits(round_trip: Callable[[Any],
     got = adam_update(*round_trip((params, params, state, hparams)))
     for a, b in zip(optree.tree_leaves(got), optree.tree_leaves(expected), strict=True):
         assert torch.equal(a, b)
+
+
+# How a state prints.
+
+REST = "max_exp_avg_sq=(), master_params=()"
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+@optree.dataclasses.dataclass(namespace="")
+class Layer:
+    weight: Any
+
+
+@optree.dataclasses.dataclass(namespace="")
+class StrictLayer:
+    weight: Any
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.weight, Tensor)
+
+
+def printed(params: Any, **options: bool) -> str:
+    return repr(adam_init(params, AdamHparams(), **options))
+
+
+PRINTED: dict[str, tuple[Any, str]] = {
+    "bare": (torch.ones(2, 3), "f32[2, 3]"),
+    "scalar": (torch.ones((), dtype=torch.float64), "f64[]"),
+    "dtypes": (
+        [torch.ones(1, dtype=x) for x in (torch.float16, torch.bfloat16, torch.complex64, torch.complex128)],
+        "[f16[1], bf16[1], c64[1], c128[1]]",
+    ),
+    "dict": ({"w": torch.ones(2), 3: {"b": torch.ones(0, 4)}}, "{'w': f32[2], 3: {'b': f32[0, 4]}}"),
+    "ordered": (OrderedDict(w=torch.ones(2)), "OrderedDict({'w': f32[2]})"),
+    "tuples": ((torch.ones(1), (torch.ones(2),), ()), "(f32[1], (f32[2],), ())"),
+    "named": (Point(torch.ones(1), None), "Point(x=f32[1], y=None)"),
+    "node": ({"l": Layer([torch.ones(1)])}, "{'l': Layer(weight=[f32[1]])}"),
+    "strict": (StrictLayer(torch.zeros(1)), "StrictLayer(weight=tensor([0.]))"),  # which refuses anything else
+    "parameter": (torch.nn.Parameter(torch.ones(2)), "f32[2]"),
+    "meta": (torch.ones(2, device="meta"), "f32[2]"),
+    "none": ({}, "{}"),
+}
+
+
+@pytest.mark.parametrize(("params", "expected"), PRINTED.values(), ids=PRINTED)
+def test_a_state_prints_dtypes_and_shapes(params: Any, expected: str) -> None:
+    assert printed(params) == f"AdamState(step=f32[], exp_avg={expected}, exp_avg_sq={expected}, {REST})"
+
+
+def test_a_state_prints_alike_within_other_containers() -> None:
+    state = adam_init(torch.ones(2), AdamHparams(amsgrad=True))
+    text = "AdamState(step=f32[], exp_avg=f32[2], exp_avg_sq=f32[2], max_exp_avg_sq=f32[2], master_params=())"
+    assert repr({"state": [state]}) == f"{{'state': [{text}]}}"
+    assert str(state) == f"{state}" == text
+
+
+def test_each_step_and_master_is_printed() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.bfloat16)}
+    moments = "{'a': f32[2], 'b': bf16[2]}"
+    assert printed(params, per_leaf_step=True, master_params=True) == (
+        f"AdamState(step={{'a': f32[], 'b': f32[]}}, exp_avg={moments}, exp_avg_sq={moments}, max_exp_avg_sq=(), "
+        "master_params={'a': (), 'b': f32[2]})"
+    )
+
+
+def test_of_many_leaves_the_first_are_printed() -> None:
+    flat = {f"w{i}": torch.ones(64, 64) for i in range(150)}
+    text = printed(flat)
+    assert text.count("f32[64, 64]") == 48
+    assert "'w23': f32[64, 64], ... 126 more}, exp_avg_sq={'w0'" in text
+    nested = [{"weight": torch.ones(2), "bias": torch.ones(2)} for _ in range(75)]
+    assert "{'weight': f32[2], 'bias': f32[2]}, ... 63 more], exp_avg_sq=" in printed(nested)
+    assert len(printed(flat)) < 1500
+    uneven = [[torch.ones(1)] * 23, (torch.ones(1), torch.ones(1)), torch.ones(1)]
+    assert "f32[1]], (f32[1], ... 1 more), ... 1 more], exp_avg_sq=" in printed(uneven)
+    enough = [torch.ones(1)] * 24
+    assert "more" not in printed(enough)
+
+
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_a_donated_state_says_so(per_leaf_step: bool) -> None:
+    params, hparams = {"w": torch.ones(2, dtype=torch.bfloat16)}, AdamHparams()
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step, master_params=True)
+    _, new = adam_update(params, optree.tree_map(torch.clone, params), state, hparams, donate=True)
+    assert repr(state) == (
+        "AdamState(step=donated, exp_avg=donated, exp_avg_sq=donated, max_exp_avg_sq=(), master_params=donated)"
+    )
+    assert "donated" not in repr(new)
+    assert repr(state.exp_avg["w"]).startswith("tensor([")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_state_of_anything_prints() -> None:
+    state = adam_init({"w": torch.ones(2)}, AdamHparams())
+    text = "AdamState(step={0}, exp_avg={{'w': {0}}}, exp_avg_sq={{'w': {0}}}, " + REST + ")"
+    for leaf in (None, 1.5, "*", object(), (), torch.ones(1) > 0):
+        shown = "bool[1]" if isinstance(leaf, Tensor) else repr(leaf)
+        assert repr(optree.tree_map(lambda _, x=leaf: x, state)) == text.format(shown)
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    sparse = torch.eye(2).to_sparse()
+    assert repr(AdamState(sparse, nested, sparse)) == (
+        f"AdamState(step=f32[2, 2], exp_avg=f32[nested], exp_avg_sq=f32[2, 2], {REST})"
+    )
+
+
+def watched_by_vmap(function: Callable[[Tensor], Tensor]) -> None:
+    torch.func.vmap(function)(torch.ones(3, 2))
+
+
+def watched_by_forward_mode(function: Callable[[Tensor], Tensor]) -> None:
+    torch.func.jvp(function, (torch.ones(2),), (torch.ones(2),))
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        watched_by_vmap,
+        watched_by_forward_mode,
+        lambda f: torch.func.grad(lambda x: f(x).sum())(torch.ones(2)),
+        lambda f: make_fx(f)(torch.ones(2)),
+        lambda f: make_fx(f, tracing_mode="symbolic")(torch.ones(2)),
+        lambda f: torch.compile(f, backend="eager")(torch.ones(2)),
+        lambda f: torch.compile(f, backend="eager", dynamic=True)(torch.ones(2)),
+    ],
+    ids=["vmap", "jvp", "grad", "make_fx", "symbolic", "compile", "dynamic"],
+)
+def test_a_watched_state_prints(watch: Callable[[Callable[[Tensor], Tensor]], Any]) -> None:
+    texts: list[str] = []
+
+    def update(x: Tensor) -> Tensor:
+        params, state = adam_update(x, x, adam_init(x, AdamHparams()), AdamHparams())
+        texts.append(repr(state))
+        return params
+
+    watch(update)
+    shape = r"f32\[\w+\]"
+    assert re.fullmatch(rf"AdamState\(step=f32\[\], exp_avg={shape}, exp_avg_sq={shape}, .*", texts[0])

@@ -327,6 +327,91 @@ def make_unrounded() -> tuple[Any, Any, AdamState, AdamHparams]:
     return params, grads, state._replace(master_params=state.master_params | {"bf": torch.full((4, 3), 5.0)}), hparams
 
 
+# Layouts of masters.
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """A copy of the values of `x`, of shape (2, 3, 1, 4), that lies in memory in another way."""
+    if layout == "reversed":
+        return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "odd":  # the stride of a dimension of one element says nothing
+        return x.clone(memory_format=torch.contiguous_format).as_strided(x.shape, (12, 4, 7, 1))
+    if layout == "gaps":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+LAYOUTS = ("contiguous", "reversed", "channels_last", "odd", "gaps")
+GIVEN: dict[str, dict[str, Any]] = {
+    "moving": {},
+    "no gradient": {},
+    "found nothing": {"found_inf": torch.tensor(0.0)},
+    "found": {"found_inf": torch.tensor(1.0)},
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex32], ids=str)
+@pytest.mark.parametrize("of_param", LAYOUTS)
+@pytest.mark.parametrize("of_master", LAYOUTS)
+def test_a_parameter_keeps_its_strides_whatever_those_of_its_master(
+    kernel: str, given: str, dtype: torch.dtype, of_param: str, of_master: str
+):
+    values, hparams = random_tensor((2, 3, 1, 4), dtype, 0), AdamHparams(lr=0.1)
+    param = laid_out(values, of_param)
+    grad = None if given == "no gradient" else random_tensor((2, 3, 1, 4), dtype, 1)
+    state = adam_init(param, hparams, master_params=True)
+    state = state._replace(master_params=laid_out(state.master_params, of_master))
+    expected = adam_update(values, grad, adam_init(values, hparams, master_params=True), hparams, kernel=kernel)
+    new, new_state = adam_update(param, grad, state, hparams, kernel=kernel, **GIVEN[given])
+    assert new.stride() == torch.empty_like(param).stride()
+    assert new_state.master_params.stride() == torch.empty_like(state.master_params).stride()
+    if given in ("moving", "found nothing"):
+        assert_close((new, new_state.master_params), (expected[0], expected[1].master_params))
+        assert_equal(new, new_state.master_params.to(dtype))
+    else:
+        assert_equal(new, values)
+    donated = laid_out(values, of_param)
+    strides = donated.stride()
+    result, _ = adam_update(donated, grad, clone(state), hparams, kernel=kernel, donate=True, **GIVEN[given])
+    assert result.stride() == strides
+
+
+@each_kernel
+@pytest.mark.parametrize("given", ["moving", "no gradient", "found nothing"])
+@pytest.mark.parametrize("of_param", [name for name in LAYOUTS if name != "odd"])
+@pytest.mark.parametrize("of_master", LAYOUTS)
+def test_a_watched_parameter_keeps_its_strides_whatever_those_of_its_master(
+    kernel: str, given: str, of_param: str, of_master: str
+):
+    values, hparams = random_tensor((2, 3, 1, 4), torch.bfloat16, 0), AdamHparams(lr=0.1)
+    param, grad = laid_out(values, of_param), random_tensor((2, 3, 1, 4), torch.bfloat16, 1)
+    state = adam_init(param, hparams, master_params=True)
+    state = state._replace(master_params=laid_out(state.master_params, of_master))
+
+    def update(param: Tensor, state: AdamState, scale: Tensor) -> tuple[Tensor, AdamState]:
+        g = None if given == "no gradient" else grad * scale
+        return adam_update(param, g, state, hparams, kernel=kernel, **GIVEN[given])
+
+    one = torch.ones((), dtype=torch.bfloat16)
+    plain = update(param, state, one)[0]
+    recorded = update(param, state, one.clone().requires_grad_())[0].detach()
+    seen: list[tuple[int, ...]] = []
+
+    def loss(scale: Tensor) -> Tensor:
+        new = update(param, state, scale)[0]
+        seen.append(new.stride())
+        return new.sum()
+
+    torch.func.grad(loss)(one)
+    vmap(loss)(one.expand(2))
+    assert_equal(recorded, plain)
+    assert {recorded.stride(), *seen} == {torch.empty_like(param).stride()}
+
+
 # Under transforms.
 
 

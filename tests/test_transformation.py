@@ -300,11 +300,21 @@ def test_weight_decay_needs_the_parameters(weight_decay: Any) -> None:
         optimizer.update(torch.ones(2), optimizer.init(torch.ones(2)))
 
 
+@modes
+def test_a_missing_gradient_says_what_to_do(inplace: bool) -> None:
+    optimizer = transformation.adam()
+    state = optimizer.init({"a": torch.ones(2), "b": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"^grads\['b'\] is None, .* transformation.adam\(..., per_leaf_step=True\)"):
+        optimizer.update({"a": torch.ones(2), "b": None}, state, inplace=inplace)
+
+
 def test_other_errors_are_those_of_adam() -> None:
     with pytest.raises(ValueError, match=r"^Invalid learning rate: -1"):
         transformation.adam(lr=-1.0)
     with pytest.raises(ValueError, match=r"^kernel is 'slow'"):
         transformation.adam(kernel="slow")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^hparams.lr is an AdamHparams. Expected a number .* give one of its numbers"):
+        transformation.adam(AdamHparams())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^hparams.lr is <function"):
         transformation.adam(lr=lambda _: 0.1)  # type: ignore[arg-type, return-value]
     optimizer = transformation.adam()

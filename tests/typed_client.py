@@ -163,4 +163,5 @@ def mistakes(params: Linear, state: AdamState, optimizer: _FunctionalAdam) -> No
     optimizer.step(torch.ones(2))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     optimizer.step_param(params.weight)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     step_in_backward(torch.optim.Adam([params.weight]))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    functional_adam.adam()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     recycling.set_cache_limit("1 GiB")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
