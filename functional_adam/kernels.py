@@ -76,7 +76,7 @@ def run_foreach(batch: Batch) -> None:
     g = batch.grads
     dtype = p[0].dtype
     wide = _scalar_dtype(dtype)
-    written = batch.buffers.flat
+    written: list[Tensor] = []
 
     def scalar(x: Scalar) -> Any:
         if not isinstance(x, Tensor):
@@ -120,7 +120,7 @@ def run_foreach(batch: Batch) -> None:
         written += change
     else:
         ops._foreach_addcdiv_(p, m, denominator, [_saturated(-cast("float", x), wide) for x in step_sizes])
-    _note_writing(written)
+    _note_writing(batch, written)
 
 
 def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
@@ -148,7 +148,7 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         grad_scale=grad_scale,
         found_inf=None if found_inf is None else found_inf.to(torch.float32),
     )
-    _note_writing([*batch.buffers.flat, *batch.grads])
+    _note_writing(batch, batch.grads)
 
 
 def _corrections(batch: Batch) -> tuple[Sequence[Scalar], Sequence[Scalar]]:
@@ -162,13 +162,13 @@ def _corrections(batch: Batch) -> tuple[Sequence[Scalar], Sequence[Scalar]]:
     return step_sizes, root_corrections
 
 
-def _note_writing(tensors: list[Tensor]) -> None:
+def _note_writing(batch: Batch, others: list[Tensor]) -> None:
     """Move the version counters, which foreach and fused leave alone, if a mode may have kept the tensors.
 
     The mode of selective activation checkpointing then refuses to use what it has kept.
     """
     if is_intercepted():
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version([*batch.buffers.flat, *others])
 
 
 def _beside(x: Scalar, leaf: Tensor, dtype: torch.dtype) -> Scalar:

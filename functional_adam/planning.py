@@ -12,7 +12,7 @@ from functional_adam.kernels import Batch, missing_operation, run_foreach, run_f
 from functional_adam.layouts import is_laid_out_like
 from functional_adam.leaves import Buffers
 from functional_adam.recycling import empty_like
-from functional_adam.tracking import is_host_memory, readable
+from functional_adam.tracking import is_host_memory
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)
@@ -55,16 +55,15 @@ def select_kernel(kernel: str, devices: set[torch.device], scalars: Sequence[Sca
 
 
 def check_numbers(scalars: Iterable[Scalars], steps: Sequence[Tensor]) -> None:
-    """Raise ValueError for betas and steps, as far as they can be read, that have no bias correction.
+    """Raise ValueError for betas and steps that have no bias correction, where kernels fail half-way or give NaN.
 
-    The kernels would fail in the middle of an update, or give NaN. `steps` do not count this update yet.
+    `steps` are those that can be read, and do not count this update yet.
     """
     for h in scalars:
-        for name, beta in (("betas[0]", h.beta1), ("betas[1]", h.beta2)):
+        for index, beta in enumerate((h.beta1, h.beta2)):
             if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
-                raise ValueError(f"hparams.{name} is {beta}. Expected a number in [0, 1).")
-    known = readable(steps)
-    least = (known[0] if len(known) == 1 else torch.stack(known).amin()).item() if known else 0
+                raise ValueError(f"hparams.betas[{index}] is {beta}. Expected a number in [0, 1).")
+    least = (steps[0] if len(steps) == 1 else torch.stack([*steps]).amin()).item() if steps else 0
     if not least >= 0:  # which NaN is not
         raise ValueError(f"state.step is {least:g}. Expected a number of updates >= 0.")
 

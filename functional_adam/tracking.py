@@ -16,6 +16,7 @@ _C: Any = getattr(torch, "_C", None)
 _functorch: Any = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
+_is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
 _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
 # Without these: everything is wrapped and nothing can be unwrapped, and forward mode may be nested wherever it may be.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
@@ -28,8 +29,7 @@ _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpre
 
 def is_tracing() -> bool:
     """Whether this call is being recorded into a graph (compile, export, make_fx, torch.jit.trace) and not run."""
-    is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
-    return torch.compiler.is_compiling() or get_proxy_mode() is not None or is_jit_tracing()
+    return torch.compiler.is_compiling() or get_proxy_mode() is not None or _is_jit_tracing()
 
 
 def is_compiled_here() -> bool:
