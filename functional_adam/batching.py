@@ -56,17 +56,17 @@ def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
-    """Whether all members are known to have the same scalar, and it."""
+    """Whether all members are known to have the same scalar, and it. Without members there is none to take."""
     if dim is None:
         return True, x
-    if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and _are_equal(x))):
+    if x.shape[dim] and is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and _are_equal(x))):
         return True, x.select(dim, 0)
     return False, x
 
 
 def _are_equal(x: Tensor) -> bool:
     # Where members differ, the first and the last mostly do.
-    return len(x) > 0 and x[0].item() == x[-1].item() and bool((x == x[0]).all())
+    return x[0].item() == x[-1].item() and bool((x == x[0]).all())
 
 
 def _run_directions(spec: Spec, stacked: list[Tensor], scalars: list[Any]) -> Buffers:

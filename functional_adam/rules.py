@@ -230,7 +230,7 @@ class _Advance(torch.autograd.Function):
 
 
 def _advance_members(size: int, dim: int, step: Tensor) -> tuple[Tensor, int]:
-    if step.stride(dim) != 0 or not is_constant(step):
+    if not size or step.stride(dim) != 0 or not is_constant(step):
         return advance(step), dim
     one = advance(step.select(dim, 0))
     return one.expand(size, *one.shape), 0
