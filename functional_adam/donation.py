@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -110,13 +110,18 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callabl
 
 
 class _Span(NamedTuple):
-    """The memory from the first to the last element of a tensor, in bytes. Sorts by address."""
+    """The memory of a tensor, in bytes: a piece of `length` from `start` on, and its repetitions along `dims`."""
 
     start: int
-    end: int
+    length: int
+    dims: tuple[tuple[int, int], ...]  # stride and size
+    place: int  # among all tensors
     is_read: bool
-    place: int
-    tensor: Tensor
+
+    @property
+    def interval(self) -> tuple[int, int, "_Span"]:
+        """From the first byte to the end of the last."""
+        return self.start, self.start + self.length + sum(stride * (size - 1) for stride, size in self.dims), self
 
 
 @torch.no_grad()
@@ -132,31 +137,76 @@ def find_overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int
         local = _local(tensor)
         if local is None:
             continue
-        length = local.numel()
-        if not local.is_contiguous():
-            if not is_read and _overlaps_itself(local):
-                return index, index
-            length = 1 + sum(s * (n - 1) for s, n in zip(local.stride(), local.shape, strict=True))
-        start = local.data_ptr()
-        spans.append(_Span(start, start + length * local.element_size(), is_read, index, local))
-    spans.sort(key=_start)
+        if local.is_contiguous():
+            length, dims = local.numel() * local.element_size(), ()
+        elif not is_read and _overlaps_itself(local):
+            return index, index
+        else:
+            length, dims = _pieces(local)
+        spans.append(_Span(local.data_ptr(), length, dims, index, is_read))
+    # Where arithmetic does not show that spans are apart, each byte is looked at.
+    suspects = [group for group in _groups(span.interval for span in spans) if not _are_apart(group)]
+    return next(filter(None, map(_shared_byte, suspects)), None)
 
-    # Spans in order of address; a run of spans that reach into each other is looked at element by element.
-    run: list[_Span] = []
+
+def _pieces(tensor: Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """The length of a piece without gaps, and the strides and sizes by which it is repeated, in bytes."""
+    itemsize = length = tensor.element_size()
+    dims: list[tuple[int, int]] = []
+    for stride, size in sorted((s * itemsize, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        if stride == length and not dims:
+            length *= size
+        elif stride and size != 1:
+            dims.append((stride, size))
+    return length, tuple(dims)
+
+
+def _groups(intervals: Iterable[tuple[int, int, _Span]]) -> Iterator[list[_Span]]:
+    """Spans whose intervals reach into each other, where some of them are written."""
+    group: list[_Span] = []
     end = 0
-    for span in spans:
-        if span.start >= end:
-            found = _shared_element(run)
-            if found:
-                return found
-            run = []
-        run.append(span)
-        end = max(end, span.end)
-    return _shared_element(run)
+    for start, stop, span in sorted(intervals, key=_start):
+        if start >= end:
+            if _may_conflict(group):
+                yield group
+            group = []
+        group.append(span)
+        end = max(end, stop)
+    if _may_conflict(group):
+        yield group
 
 
-def _start(span: _Span) -> int:
-    return span.start
+def _start(interval: tuple[int, int, _Span]) -> int:
+    return interval[0]
+
+
+def _may_conflict(group: list[_Span]) -> bool:
+    return len(group) > 1 and not all(span.is_read for span in group)
+
+
+def _are_apart(group: list[_Span], levels: int = 8) -> bool:
+    """Whether it is sure that spans share no byte, unless both are only read; at most `levels` strides are tried.
+
+    Memory is cut into rows as long as the largest stride, as a matrix is whose slices the spans are. Where each span
+    has one place in all of its rows, two spans are apart if they have no row in common, or are apart within a row.
+    """
+    row_length = max((stride for span in group for stride, _ in span.dims), default=0)
+    if not row_length or not levels:
+        return False
+    first = min(span.start for span in group)
+    rows: dict[int, tuple[int, int]] = {}
+    parts: list[_Span] = []
+    for span in group:
+        row, start = divmod(span.start - first, row_length)
+        rows[span.place] = row, row + 1 + sum(size - 1 for stride, size in span.dims if stride == row_length)
+        dims = tuple(dim for dim in span.dims if dim[0] != row_length)
+        parts.append(span._replace(start=start, dims=dims))
+    return all(part.interval[1] <= row_length for part in parts) and all(
+        _are_apart(within_rows, levels - 1)
+        for columns in _groups(part.interval for part in parts)
+        for in_equal_rows in _groups((*rows[part.place], part) for part in columns)
+        for within_rows in _groups(part.interval for part in in_equal_rows)
+    )
 
 
 def _local(tensor: Tensor) -> Tensor | None:
@@ -180,22 +230,23 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return int(owner.sum()) != tensor.numel()
 
 
-def _shared_element(run: list[_Span]) -> tuple[int, int] | None:
-    if len(run) < 2 or all(span.is_read for span in run):
-        return None
-    first = run[0].start
-    unit = math.gcd(*(span.start - first for span in run), *(span.tensor.element_size() for span in run))
-    owner = torch.zeros((max(span.end for span in run) - first) // unit, dtype=torch.int32, device="cpu")
-    for span in sorted(run, key=_place):
-        tensor, parts = span.tensor, span.tensor.element_size() // unit
-        elements = owner.as_strided(
-            (*tensor.shape, parts), (*(parts * s for s in tensor.stride()), 1), (span.start - first) // unit
+def _shared_byte(group: list[_Span]) -> tuple[int, int] | None:
+    """The places of two spans that share a byte, the first of them written."""
+    first = min(span.start for span in group)
+    # Every span is made of whole units.
+    unit = math.gcd(*(x for span in group for x in (span.start - first, span.length, *(dim[0] for dim in span.dims))))
+    owner = torch.zeros((max(span.interval[1] for span in group) - first) // unit, dtype=torch.int32, device="cpu")
+    for span in sorted(group, key=_place):
+        units = owner.as_strided(
+            (*(size for _, size in span.dims), span.length // unit),
+            (*(stride // unit for stride, _ in span.dims), 1),
+            (span.start - first) // unit,
         )
-        other = int(elements.max())
+        other = int(units.max())
         if other:
             return other - 1, span.place
         if not span.is_read:
-            elements.fill_(span.place + 1)
+            units.fill_(span.place + 1)
     return None
 
 

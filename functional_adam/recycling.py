@@ -10,7 +10,6 @@ CUDA's caching allocator does the same for its device; nothing here touches it.
 """
 
 import os
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -108,25 +107,38 @@ def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 class _Cache:
     """Blocks that wait for a tensor.
 
-    Blocks come back in whatever thread drops the last tensor, perhaps in the middle of a garbage collection and of the
-    methods below. So no update waits for the lock: who does not get it takes fresh memory, or lets a block go.
+    Blocks come back in whatever thread drops the last tensor, perhaps inside a garbage collection that began in the
+    middle of the methods below, and a signal handler may run or raise between any two of their bytecodes. So there is
+    no lock that could stay held. A block is taken and given back by one operation on a list, which the interpreter
+    does not divide, and how much is kept is counted each time. Whatever comes between loses a block to the system.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._spare: OrderedDict[int, list[bytearray]] = OrderedDict()  # by size, that of the last use at the end
         self._fixed: int | None = None
         self._automatic = 0
-        self.kept = 0
+        # Not less than `kept`, so that a block that comes back counts the others only where the bound may be reached.
+        # Threads that add at once may leave it too small, which the next update corrects.
+        self._at_most = 0
+
+    @property
+    def kept(self) -> int:
+        """How many bytes wait."""
+        return sum(nbytes * len(blocks) for nbytes, blocks in self._spare.copy().items())
 
     @property
     def is_off(self) -> bool:
         """Whether no block will ever come back."""
         return self._fixed == 0
 
+    @property
+    def _limit(self) -> int:
+        return self._automatic if self._fixed is None else self._fixed
+
     def expect(self, nbytes: int) -> None:
         """Bound what is kept by what updates write."""
         self._automatic = max(self._automatic, 2 * nbytes)
+        self._at_most = self.kept
 
     def lend(self, nbytes: int) -> tuple[memoryview, int]:
         """A block in a view that brings it back when it dies, and the offset at which it is aligned."""
@@ -138,53 +150,42 @@ class _Cache:
     def set_limit(self, limit: int | None) -> None:
         """A fixed bound, or None for the automatic one."""
         self._fixed = limit
-        with self._lock:
-            self._shrink(self._automatic if limit is None else limit)
+        self._shrink(self._limit)
 
     def clear(self) -> None:
         """Keep nothing, until the next update."""
         self._automatic = 0
-        with self._lock:
-            self._shrink(0)
-
-    def forget(self) -> None:
-        """Begin anew in a forked child: who held the lock is gone, perhaps in the middle of a change."""
-        self._lock, self._spare, self.kept = threading.Lock(), OrderedDict(), 0
+        self._shrink(0)
 
     def _take(self, nbytes: int) -> bytearray:
-        if self._lock.acquire(blocking=False):
-            try:
-                blocks = self._spare.get(nbytes)
-                if blocks:
-                    self.kept -= nbytes
-                    self._spare.move_to_end(nbytes)
-                    return blocks.pop()
-            finally:
-                self._lock.release()
-        return bytearray(nbytes + _ALIGNMENT)
+        try:
+            self._spare.move_to_end(nbytes)
+            return self._spare[nbytes].pop()
+        except (KeyError, IndexError):  # none of this size is kept
+            return bytearray(nbytes + _ALIGNMENT)
 
     def _give_back(self, nbytes: int, block: bytearray) -> None:
-        limit = self._automatic if self._fixed is None else self._fixed
-        if nbytes <= limit and self._lock.acquire(blocking=False):
-            try:
-                self._spare.setdefault(nbytes, []).append(block)
-                self._spare.move_to_end(nbytes)
-                self.kept += nbytes
-                self._shrink(limit)
-            finally:
-                self._lock.release()
+        if nbytes <= self._limit:
+            self._at_most += nbytes
+            self._spare.setdefault(nbytes, []).append(block)
+            if self._at_most > self._limit:
+                self._shrink(self._limit)
 
     def _shrink(self, limit: int) -> None:
         """Let go of blocks of the sizes that were not used for longest."""
-        while self.kept > limit:
-            nbytes, blocks = next(iter(self._spare.items()))
-            if blocks:
-                blocks.pop()
-                self.kept -= nbytes
-            else:
-                del self._spare[nbytes]
+        excess = self.kept - limit
+        for nbytes, blocks in self._spare.copy().items():
+            if excess <= 0:
+                break
+            count = len(blocks)
+            del blocks[: -(-excess // nbytes)]
+            excess -= nbytes * (count - len(blocks))
+            if not blocks:
+                self._spare.pop(nbytes, None)
+        self._at_most = self.kept
 
 
 _cache = _Cache()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_cache.forget)
+    # Else the parent would copy each page that it writes, for a child that may have no use for it.
+    os.register_at_fork(after_in_child=_cache.clear)

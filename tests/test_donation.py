@@ -1,21 +1,28 @@
 """Donation gives the same bits in the same memory, and refuses whatever would make that unsafe."""
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update, donation
+from functional_adam.donation import find_overlap
+from tests.strategies import PROPERTY
 
 # torch scripts some formulas when forward mode is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 
 KERNELS = ("auto", "single", "foreach", "fused")
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.1, amsgrad=True)
+
+LONG_PROPERTY = settings(PROPERTY, max_examples=10 * PROPERTY.max_examples)
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
@@ -517,6 +524,116 @@ def test_disjoint_views_of_one_buffer_are_donated(
     got = adam_update(params, grads, state, HPARAMS, kernel=kernel, donate=True)
     torch.testing.assert_close(tensors_of(got), tensors_of(expected), rtol=1e-6, atol=1e-7)
     assert [p.data_ptr() for p in got[0]] == pointers
+
+
+class View(NamedTuple):
+    """A view of the buffer that a property is tried on, of elements of some bytes."""
+
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements, as is the offset
+    offset: int
+
+    @property
+    def bytes(self) -> list[int]:
+        """The addresses of all bytes, which it has several times if it overlaps itself."""
+        places = [self.offset]
+        for size, stride in zip(self.shape, self.strides, strict=True):
+            places = [place + i * stride for place in places for i in range(size)]
+        return [self.itemsize * place + i for place in places for i in range(self.itemsize)]
+
+    def of(self, buffer: Tensor) -> Tensor:
+        dtype = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.complex64}[self.itemsize]
+        return buffer.view(dtype).as_strided(self.shape, self.strides, self.offset)
+
+
+BUFFER_BYTES = 8 * 240
+
+
+@st.composite
+def any_views(draw: st.DrawFn) -> View:
+    itemsize = draw(st.sampled_from((4, 1, 2, 8)))
+    shape = draw(st.lists(st.sampled_from((2, 3, 1, 4)), max_size=3).map(tuple))
+    strides = tuple(draw(st.sampled_from((1, 2, 3, 4, 6, 12, 13, 0))) for _ in shape)
+    return View(itemsize, shape, strides, draw(st.integers(0, 30)))
+
+
+@st.composite
+def slices_of_a_box(draw: st.DrawFn) -> View:
+    """Of a contiguous tensor of shape (4, 6, 10): what users cut out of a matrix or a stack of heads."""
+    box = torch.empty((4, 6, 10), dtype=torch.uint8)
+    for dim, size in enumerate(box.shape):
+        start, step = draw(st.integers(0, size - 1)), draw(st.sampled_from((1, 1, 2, 3)))
+        stop = draw(st.integers(start + 1, size))
+        box = box[(slice(None),) * dim + (slice(start, stop, step),)]
+    return View(draw(st.sampled_from((4, 8))), tuple(box.shape), box.stride(), box.storage_offset())
+
+
+@LONG_PROPERTY
+@given(st.lists(any_views() | slices_of_a_box(), min_size=1, max_size=5), st.integers(1, 5))
+def test_overlap_is_found_just_where_two_tensors_share_a_byte(views: list[View], written: int) -> None:
+    buffer = torch.zeros(BUFFER_BYTES, dtype=torch.uint8)
+    tensors = [view.of(buffer) for view in views]
+    taken = [view.bytes for view in views]
+
+    def conflict(i: int, j: int) -> bool:
+        return len(set(taken[i])) < len(taken[i]) if i == j else not set(taken[i]).isdisjoint(taken[j])
+
+    pairs = itertools.combinations_with_replacement(range(len(views)), 2)
+    conflicts = {(i, j) for i, j in pairs if i < written and conflict(i, j)}
+    found = find_overlap(tensors[:written], tensors[written:])
+    assert found in conflicts if conflicts else found is None
+
+
+PIECES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "rows": lambda w: [*w.split(10)],
+    "columns": lambda w: [*w.split(32, dim=1)],
+    "columns of unequal width": lambda w: [*w.split((1, 31, 7, 57), dim=1)],
+    "single columns": lambda w: [*w.unbind(1)],
+    "columns from several rows on": lambda w: [w[i : 60 + i, 24 * i : 24 * i + 24] for i in (2, 0, 3, 1)],
+    "tiles": lambda w: [tile for rows in w.split(20) for tile in rows.split(36, dim=1)],
+    "tiles beside a column": lambda w: [w[:, :10], w[:20, 10:50], w[20:50, 20:60], w[50:, 10:]],
+    "bricks beside a column": lambda w: [w[:, 90:], w[:20, :30], w[:20, 40:70], w[20:40, 20:50]],
+    "heads": lambda w: [*w.view(4, 3, 16, 32).unbind(1)],
+    "columns of heads": lambda w: [x for y in w.view(4, 3, 16, 32).unbind(1) for x in y.split(20, dim=2)],
+    "interleaved": lambda w: [w.view(-1)[i::3] for i in range(3)],
+    "checkerboard": lambda w: [w[i::2, j::2] for i in range(2) for j in range(2)],
+    "real and imaginary parts": lambda w: [*torch.view_as_real(torch.view_as_complex(w.view(-1, 2))).unbind(-1)],
+    "transposed": lambda w: [*w.t().split(20)],
+}
+"""Pieces of a matrix, or of a stack of heads."""
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_arithmetic_alone_shows_that_pieces_of_a_matrix_are_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise AssertionError("looked at each byte")
+
+    monkeypatch.setattr(donation, "_shared_byte", fail)
+    pieces = PIECES[name](torch.zeros(64, 96))
+    for order in (pieces, pieces[::-1]):
+        assert find_overlap(order, ()) is None
+        assert find_overlap(order[::2], order[1::2]) is None
+    with pytest.raises(AssertionError, match="looked at each byte"):
+        find_overlap(pieces, pieces[-1:])
+
+
+def test_where_arithmetic_gives_up_each_byte_is_looked_at() -> None:
+    box = torch.zeros((3,) * 10)
+    corners = box[(slice(None, None, 2),) * 10]
+    between = box[(*(slice(None, None, 2),) * 9, slice(1, 2))]
+    assert find_overlap([corners, between], ()) is None
+    assert find_overlap([corners], [between, corners[0]]) == (0, 2)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_the_search_for_overlap_takes_each_span_a_fixed_number_of_times(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(donation, "_start", lambda interval: taken.append(1) or interval[0])
+    assert find_overlap(torch.zeros(8, columns).unbind(1), ()) is None
+    assert len(taken) <= 4 * columns
 
 
 @each_kernel

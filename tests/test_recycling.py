@@ -6,6 +6,9 @@ import importlib.util
 import io
 import os
 import pickle
+import random
+import signal
+import sys
 import threading
 import time
 import weakref
@@ -380,7 +383,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert faults == []
 
 
-def run_in_fork(work: Callable[[], bool]) -> None:
+def run_in_fork(work: Callable[[], bool], time_limit: float = TIMEOUT) -> None:
     """Run in a child process, which must answer True within the time limit."""
     child = os.fork()
     if child == 0:
@@ -390,7 +393,7 @@ def run_in_fork(work: Callable[[], bool]) -> None:
             code = 0 if work() else 2
         finally:
             os._exit(code)
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + time_limit
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -407,8 +410,7 @@ ignore_fork_warning = pytest.mark.filterwarnings("ignore:This process.*is multi-
 
 
 @ignore_fork_warning
-@pytest.mark.parametrize("is_locked", [False, True], ids=["free", "locked"])
-def test_parent_and_forked_child_do_not_disturb_each_other(is_locked: bool) -> None:
+def test_parent_and_forked_child_do_not_disturb_each_other() -> None:
     run = train(make(), 4)
     before = [x.clone() for x in run.large]
     expected = [x.clone() for x in train(run, 6).large]
@@ -425,11 +427,7 @@ def test_parent_and_forked_child_do_not_disturb_each_other(is_locked: bool) -> N
         empty_cache()
         return is_right and is_recycled and cached_bytes() == 0
 
-    if is_locked:  # by a thread that the child does not have
-        with recycling._cache._lock:
-            run_in_fork(work)
-    else:
-        run_in_fork(work)
+    run_in_fork(work)
     assert_same_bits(run.large, before)
     assert_same_bits(train(run, 6).large, expected)
 
@@ -541,25 +539,117 @@ def test_empty_cache_gives_all_back_and_results_stay() -> None:
     assert_same_bits(train(run, 3), train_without_recycling(run, 3))
 
 
-# Nobody waits.
+# Interrupts.
 
 
-def test_an_update_does_not_wait_for_the_lock() -> None:
-    start = train(make(), 3)
-    expected = train_without_recycling(start, 3)
-    train(start, 3)
-    kept, results = cached_bytes(), []
-    assert kept > 0
-    with recycling._cache._lock:
-        thread = threading.Thread(target=lambda: results.append(train(start, 3)), daemon=True)
-        thread.start()
-        thread.join(TIMEOUT)
-        assert not thread.is_alive()
-        assert cached_bytes() == kept
-        assert_same_bits(results, expected)
-        results.clear()  # what comes back meanwhile is let go
-        assert cached_bytes() == kept
-    assert_same_bits(train(start, 3), expected)
+def survives_signals(handle: Callable[[], None], signals: int = 2000) -> bool:
+    """Update while `handle` is called `signals` times, at random moments; whether the cache is right in the end."""
+    generator, received, is_open = random.Random(0), 0, False
+    large = [torch.zeros(COUNT + 16 * i) for i in (0, 1, 0, 2)]
+
+    def receive(*_: Any) -> None:
+        nonlocal received
+        received += 1
+        if is_open:
+            handle()
+
+    sys.unraisablehook = lambda _: None  # Python reports what a handler raises while a block comes back
+    signal.signal(signal.SIGALRM, receive)
+    while received < signals:
+        try:
+            is_open = True
+            signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 5e-4))
+            for _ in range(4):
+                recycling.copies(large)
+            is_open = False
+        except KeyboardInterrupt:
+            pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return is_right(large)
+
+
+def is_right(large: list[Tensor]) -> bool:
+    """Whether blocks are lent once, are bounded and counted, come back, and can be given back to the system."""
+    first, second = recycling.copies(large), recycling.copies(large)
+    pointers = {x.data_ptr() for x in first + second}
+    values = [x.fill_(i) for i, x in enumerate(first + second)]
+    are_apart = len(pointers) == 2 * len(large) and all((x == i).all() for i, x in enumerate(values))
+    del first, second, values
+    generation = sum(x.nbytes for x in large)
+    is_counted = cached_bytes() == 2 * generation
+    again = recycling.copies(large)
+    is_recycled = {x.data_ptr() for x in again} <= pointers and cached_bytes() == generation
+    empty_cache()
+    return are_apart and is_counted and is_recycled and cached_bytes() == 0
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@ignore_fork_warning
+@pytest.mark.parametrize(
+    "handle",
+    [interrupt, empty_cache, lambda: set_cache_limit(None), lambda: recycling.copies([torch.zeros(COUNT)])],
+    ids=["raise", "empty_cache", "set_cache_limit", "update"],
+)
+def test_signal_handlers_may_raise_and_use_the_cache_at_any_moment(handle: Callable[[], None]) -> None:
+    run_in_fork(lambda: survives_signals(handle), time_limit=6 * TIMEOUT)
+
+
+class Interruption:
+    """A trace function that raises before one of the bytecodes of the cache, or calls what it is given."""
+
+    def __init__(self, place: int, action: Callable[[], None]) -> None:
+        self.left, self.action, self.is_over = place, action, False
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != recycling.__file__ or self.is_over:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left < 0:
+                self.is_over = True
+                self.action()
+        return self
+
+
+def survives_before_any_bytecode(action: str) -> bool:
+    """Let `action` happen before each bytecode of the cache in turn; whether the cache is right after each."""
+    sys.unraisablehook = lambda _: None
+    large, trace, place, is_over = [torch.zeros(COUNT), torch.zeros(COUNT + 16)], sys.gettrace(), 0, True
+    while is_over:
+        empty_cache()
+        others, held = [recycling.copies(large)], recycling.copies(large)
+        actions = {
+            "raise": interrupt,
+            "empty_cache": empty_cache,
+            "drop": others.clear,
+            "update": lambda: recycling.copies(large),
+        }
+        interruption = Interruption(place, actions[action])
+        try:
+            sys.settrace(interruption)
+            held = recycling.copies(large)
+            held = recycling.copies(large)
+            set_cache_limit(large[0].nbytes)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(trace)
+        set_cache_limit(None)
+        del others, held
+        if not is_right(large):
+            return False
+        place, is_over = place + 1, interruption.is_over
+    return place > 100
+
+
+@ignore_fork_warning
+@pytest.mark.parametrize("action", ["raise", "empty_cache", "drop", "update"])
+def test_whatever_comes_before_any_bytecode_leaves_the_cache_right(action: str) -> None:
+    run_in_fork(lambda: survives_before_any_bytecode(action), time_limit=6 * TIMEOUT)
 
 
 class Cycle:

@@ -1378,7 +1378,7 @@ def test_states_of_nested_maps_go_on(outer_dim: int) -> None:
 # Empty leaves, and no members.
 
 
-def updated(p: Tensor, variant: str = "all_flags", kernel: Any = "auto") -> Tensor:
+def updated_by_itself(p: Tensor, variant: str = "all_flags", kernel: Any = "auto") -> Tensor:
     """Real elements of a new parameter and moment, whose gradient is the parameter."""
     hparams = AdamHparams(lr=0.1, weight_decay=0.1, **VARIANTS[variant])
     new, state = adam_update(p, p, adam_init(p, hparams), hparams, kernel=kernel)
@@ -1396,7 +1396,7 @@ def test_jacobians_of_empty_leaves_are_empty(
     kernel: str, variant: str, shape: tuple[int, ...], dtype: torch.dtype, derivative: Any
 ) -> None:
     leaf = torch.zeros(shape, dtype=dtype)
-    got = derivative(lambda p: updated(p, variant, kernel))(leaf)
+    got = derivative(lambda p: updated_by_itself(p, variant, kernel))(leaf)
     assert_equal(got, derivative(lambda p: p * p)(leaf))
 
 
@@ -1433,7 +1433,7 @@ MEMBERWISE: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], 
 def test_no_members_give_none(
     kernel: str, variant: str, member: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    function = vmap(MEMBERWISE[member](lambda p: updated(p, variant, kernel)))
+    function = vmap(MEMBERWISE[member](lambda p: updated_by_itself(p, variant, kernel)))
     members = torch.ones((2, *shape), dtype=dtype)
     assert_equal(function(members[:0]), optree.tree_map(lambda x: x[:0], function(members)))
 
