@@ -16,6 +16,7 @@ from torch import Tensor
 
 from functional_adam.layouts import foreign_layout
 from functional_adam.tracking import is_readable, is_tracing
+from functional_adam.trees import flatten, leaves_of
 
 Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any
@@ -161,12 +162,12 @@ def check_hparams(hparams: Any) -> None:
 
 
 def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
-    """The scalars of `number` and where they are."""
-    if isinstance(number, (Tensor, Real)):
+    """The scalars of `number` and where they are. None within a tree stands where params have None."""
+    if number is None or isinstance(number, (Tensor, Real)):
         return [(name, number)]
     if is_tracing():  # where an error's path is not worth a treespec, which dynamo makes of no dict of constants
-        return [(name, leaf) for leaf in optree.tree_leaves(number, none_is_leaf=True)]
-    leaves, treespec = optree.tree_flatten(number, none_is_leaf=True)
+        return [(name, leaf) for leaf in leaves_of(number)]
+    leaves, treespec = flatten(number)
     return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
 
 

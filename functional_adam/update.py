@@ -15,6 +15,7 @@ from functional_adam.planning import KernelName, group_leaves, run_kernel
 from functional_adam.recycling import copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
+from functional_adam.trees import unflatten
 
 
 def adam_update(
@@ -90,14 +91,14 @@ def adam_update(
             for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
                 old.copy_(new)
             buffers, steps = given.buffers, given.steps
-    unflatten = given.treespec.unflatten
+    like_params, treespec = given.treespec.unflatten, given.treespec
     params, masters = _rounded(given, buffers.params, donate=donate)
-    return unflatten(params), AdamState(
-        step=steps[0] if given.is_step_shared else unflatten(steps),
-        exp_avg=unflatten(buffers.exp_avgs),
-        exp_avg_sq=unflatten(buffers.exp_avg_sqs),
-        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
-        master_params=unflatten(masters) if given.narrow else state.master_params,
+    return like_params(params), AdamState(
+        step=steps[0] if given.is_step_shared else unflatten(treespec, steps),
+        exp_avg=like_params(buffers.exp_avgs),
+        exp_avg_sq=like_params(buffers.exp_avg_sqs),
+        max_exp_avg_sq=like_params(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
+        master_params=unflatten(treespec, masters) if given.narrow else state.master_params,
     )
 
 

@@ -263,6 +263,6 @@ def test_the_first_difference_of_two_trees_is_said_in_a_sentence(params: Any, gr
 
 def test_the_first_difference_of_a_prefix_is_said_in_a_sentence() -> None:
     params, hparams = {"a": X, "b": (X,)}, AdamHparams(lr={"a": 0.1, "b": [0.1]})
-    expected = "params['b'] is of type tuple, but hparams.lr['b'] is of type list. hparams.lr must be a number or a"
+    expected = "hparams.lr['b'] is of type list, but params['b'] is of type tuple. hparams.lr must be a number or a"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)} pytree prefix of params"):
         adam_update(params, params, adam_init(params, hparams), hparams)
