@@ -1,6 +1,6 @@
 """The leaves of an update as parallel lists, and what makes a tensor fit to be one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MappingView, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -114,6 +114,9 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
     for index, param in enumerate(params):
         fault = tensor_fault(param)
         if fault:
+            if isinstance(param, (torch.nn.Module, Iterator, MappingView)):
+                expected = "Expected tensors: pass {name: p.detach() for name, p in model.named_parameters()}."
+                fault = f"is of type {type(param).__name__}. {expected}"
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
 
 

@@ -1,5 +1,6 @@
 """Numbers per subtree or leaf: as the param groups of `torch.optim`, one kernel call a set, under every transform."""
 
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -252,6 +253,40 @@ def test_the_kernel_is_called_once_per_distinct_set(calls: list[int], donate: bo
 def test_equal_numbers_are_one_set(calls: list[int], number: Callable[[], Any]) -> None:
     run(make_tree(), [make_tree(seed=1)], AdamHparams(lr=optree.tree_map(lambda _: number(), make_tree())))
     assert calls == [7]
+
+
+def opcodes_of(run_it: Callable[[], Any]) -> int:
+    """How many instructions Python takes."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run_it()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("function", [adam_update, explain])
+@pytest.mark.parametrize("kind", ["own", "shared", "number"])
+def test_work_is_in_proportion_to_the_leaves(function: Callable[..., Any], kind: str) -> None:
+    def work(size: int) -> int:
+        params = {str(i): torch.ones(2) for i in range(size)}
+        one = torch.tensor(0.1)
+        lr = {key: {"own": torch.tensor(0.1), "shared": one, "number": 0.1}[kind] for key in params}
+        hparams = AdamHparams(lr=lr)
+        state = adam_init(params, hparams)
+        return opcodes_of(lambda: function(params, params, state, hparams))
+
+    works = [work(size) for size in (20, 20, 40, 80)]  # what is only done once is done in the first
+    assert works[3] - works[2] < 2.05 * (works[2] - works[1])
 
 
 def test_the_kernel_is_called_once_per_distinct_set_under_a_transform(calls: list[int]) -> None:
