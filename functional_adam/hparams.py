@@ -30,7 +30,8 @@ class AdamHparams:
     """The hyperparameters of :func:`adam_update`, with the names, defaults and messages of `torch.optim.Adam`.
 
     Each number is a Python number or a 0-dim tensor, or a pytree of them that is a prefix of `params`: what stands at
-    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`. A tensor can be mapped,
+    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`, and where `params` have None
+    it may have None. A tensor can be mapped,
     differentiated, or changed between the calls of a compiled update without recompiling it; it counts at its own
     value, so that a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with `torch.func.vmap`, give
     them stacked, as a 1-dim tensor. Numbers are the leaves of this pytree, flags are part of its structure.

@@ -55,6 +55,7 @@ BUFFER_NAMES = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_av
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_HOLDERS: Any = (torch.nn.Module, Iterator, MappingView)  # of parameters, but no pytree of them
 
 
 def local_shard(x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
     for index, param in enumerate(params):
         fault = tensor_fault(param)
         if fault:
-            if isinstance(param, (torch.nn.Module, Iterator, MappingView)):
+            if isinstance(param, _HOLDERS):
                 expected = "Expected tensors: pass {name: p.detach() for name, p in model.named_parameters()}."
                 fault = f"is of type {type(param).__name__}. {expected}"
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")

@@ -88,7 +88,7 @@ def adam_init(
     check_params(leaves, treespec)
     with torch.no_grad():
         if per_leaf_step:
-            step: TensorTree = unflatten(treespec, [_zero_step(leaf.device) for leaf in leaves])
+            step: TensorTree = unflatten(treespec, [_zero_step(leaf.device) for leaf in leaves], params)
         else:
             device = leaves[0].device if leaves else torch.device("cpu")
             for index, leaf in enumerate(leaves):
@@ -109,7 +109,7 @@ def adam_init(
             exp_avg=zeros(),
             exp_avg_sq=zeros(),
             max_exp_avg_sq=zeros() if hparams.amsgrad else (),
-            master_params=unflatten(treespec, [_master_of(leaf) for leaf in leaves]) if master_params else (),
+            master_params=unflatten(treespec, [_master_of(leaf) for leaf in leaves], params) if master_params else (),
         )
 
 

@@ -54,11 +54,11 @@ def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHpara
     # Parameters are as good as gradients for the checks.
     given = flatten_arguments(params, params, state, hparams, None, None)
     columns = [column for column in given.buffers[1:] if column]
-    order = insertion_order(given.treespec)
+    order = insertion_order(given.treespec, params)
     leaves_of: dict[int, list[int]] = {}
     for index in order:
         leaves_of.setdefault(id(given.scalars[index]), []).append(index)
-    names, kind = _names(given.treespec)
+    names, kind = _names(given.treespec, params)
     # Groups that interleave change the order of the leaves, which then only names can tell.
     has_names = kind == "paths" or [index for leaves in leaves_of.values() for index in leaves] != order
     entries: dict[int, dict[str, Tensor]] = {}
@@ -87,8 +87,9 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     """The state and hyperparameters of a `torch.optim.Adam` or `AdamW`; the inverse of :func:`to_torch_state_dict`.
 
     Where the groups carry `param_names`, and keys of `params` are strings, parameters are found by name: the keys of
-    a path joined by dots. Else index i is the i-th leaf in the order of insertion; with several groups that is the
-    order in which the optimizer got them.
+    a path joined by dots. So they are where the names are the places that :func:`to_torch_state_dict` gives to other
+    trees. Else index i is the i-th leaf in the order of insertion; with several groups that is the order in which the
+    optimizer got them.
 
     All leaves share one step if each has a state and their steps are equal. Else each has its own, as with
     `adam_init(..., per_leaf_step=True)`; one without a state begins at step 0. Either continues as torch does.
@@ -118,8 +119,8 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     """
     leaves, treespec = flatten(params)
     groups, entries = parts_of(state_dict)
-    leaf_of = _leaf_of(treespec, groups)
-    hparams = hparams_of_groups(groups, leaf_of, treespec)
+    leaf_of = _leaf_of(treespec, params, groups)
+    hparams = hparams_of_groups(groups, leaf_of, treespec, params)
     check_hparams(hparams)
     unknown = [key for key in entries if key not in leaf_of]
     if unknown:
@@ -143,15 +144,15 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
         moments[name] = treespec.unflatten(column)
     zeros: list[Any] = [state.step] if is_shared else flatten_like(treespec, state.step, "state.step", params)
     placed = [steps[i].to(zero.device, copy=True) if i in steps else zero for i, zero in enumerate(zeros)]
-    return state._replace(step=placed[0] if is_shared else unflatten(treespec, placed), **moments), hparams
+    return state._replace(step=placed[0] if is_shared else unflatten(treespec, placed, params), **moments), hparams
 
 
-def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
+def _leaf_of(treespec: PyTreeSpec, params: TensorTree, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
     """The leaf of params that each id in the groups stands for, by its name or by its place."""
     ids: list[Any] = [key for group in groups for key in group.get("params", ())]
     # torch.distributed.checkpoint writes names instead of indices.
     labels = ids if all(isinstance(x, str) for x in ids) else [x for g in groups for x in g.get("param_names") or ()]
-    names, kind = _names(treespec)
+    names, kind = _names(treespec, params)
     leaf_of: dict[Hashable, int] = {name: index for index, name in enumerate(names)}
     what = "names"
     if labels and kind == "clash" and leaf_of.keys() != {*labels}:
@@ -161,7 +162,7 @@ def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[
         )
     if not labels or (kind == "places" and leaf_of.keys() != {*labels}):
         labels, what = ids, "indices"
-        leaf_of = dict(enumerate(insertion_order(treespec)))
+        leaf_of = dict(enumerate(insertion_order(treespec, params)))
     counts = Counter(labels)
     missing = [label for label in leaf_of if label not in counts]
     extra = [label for label in counts if label not in leaf_of]
@@ -176,14 +177,14 @@ def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[
     return {key: leaf_of[label] for key, label in zip(ids, labels, strict=True)}
 
 
-def _names(treespec: PyTreeSpec) -> tuple[list[str], Literal["paths", "places", "clash"]]:
+def _names(treespec: PyTreeSpec, params: TensorTree) -> tuple[list[str], Literal["paths", "places", "clash"]]:
     """A name for each leaf: its path joined by dots. Where no key is a string, or two paths clash, its place."""
     paths = [keys_of(path) for path in treespec.accessors()]
     names = [".".join(map(str, path)) for path in paths]
     has_keys = any(isinstance(key, str) for path in paths for key in path)
     if has_keys and len({*names}) == len(names):
         return names, "paths"
-    place_of = {index: str(place) for place, index in enumerate(insertion_order(treespec))}
+    place_of = {index: str(place) for place, index in enumerate(insertion_order(treespec, params))}
     return [place_of[index] for index in range(len(names))], "clash" if has_keys else "places"
 
 

@@ -6,8 +6,7 @@ first met, in a namespace of this package's own, so that nothing changes for oth
 
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import optree
@@ -27,10 +26,6 @@ _DICTS = (dict, OrderedDict, defaultdict)
 class TorchEntry(optree.PyTreeEntry):
     """A step of a path through a node that torch's pytree has described: a key, a place or the name of an attribute."""
 
-    def __call__(self, obj: Any) -> Any:
-        """The child of `obj`."""
-        return self.entry.get(obj)
-
     def codify(self, node: str = "") -> str:
         """The child of `node` as Python code."""
         return f"{node}{self.entry}"
@@ -49,9 +44,10 @@ def flatten_known(tree: Any) -> tuple[list[Any], PyTreeSpec]:
 
 def learn(leaves: Iterable[Any]) -> bool:
     """Whether some of `leaves` are nodes, which optree knows from now on: what was flattened must be flattened anew."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    kinds: set[Any] = {*map(type, leaves)}
+    return not torch.compiler.is_dynamo_compiling() and _learn({*map(type, leaves)})
+
+
+def _learn(kinds: set[Any]) -> bool:
     nodes = {kind for kind in kinds & _torch_nodes.keys() if not issubclass(kind, Tensor)}
     with _lock:
         for node in nodes - _learned:
@@ -61,19 +57,19 @@ def learn(leaves: Iterable[Any]) -> bool:
 
 
 def _register(node: Any) -> None:
-    keys_and_children, children = _torch_nodes[node].flatten_with_keys_fn, _torch_nodes[node].flatten_fn
-    unflatten_ = _torch_nodes[node].unflatten_fn
+    its = _torch_nodes[node]
 
     def flatten_with_keys(tree: Any) -> tuple[list[Any], Any, list[Any]]:
-        pairs, context = keys_and_children(tree)
-        return [child for _, child in pairs], context, [key for key, _ in pairs]
+        children, context = its.flatten_fn(tree)  # the context that comes with the keys may be another one
+        return children, context, [key for key, _ in its.flatten_with_keys_fn(tree)[0]]
 
+    has_keys = its.flatten_with_keys_fn is not None
     register: Any = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
     register(
         node,
-        flatten_with_keys if keys_and_children else children,
-        lambda context, children: unflatten_([*children], context),  # pyright: ignore[reportUnknownLambdaType]
-        path_entry_type=TorchEntry if keys_and_children else optree.FlattenedEntry,
+        flatten_with_keys if has_keys else its.flatten_fn,
+        lambda context, children: its.unflatten_fn([*children], context),  # pyright: ignore[reportUnknownLambdaType]
+        path_entry_type=TorchEntry if has_keys else optree.FlattenedEntry,
         namespace=NAMESPACE,
     )
 
@@ -93,17 +89,25 @@ def map_leaves(function: Any, tree: Any, *like: Any) -> Any:
     return optree.tree_map(function, tree, *like, namespace=NAMESPACE)
 
 
-def unflatten(treespec: PyTreeSpec, values: Iterable[Any]) -> Any:
-    """A tree of `values`, which its nodes need not be able to hold: a dict stands for a TensorDict."""
-    if not treespec.namespace or treespec.is_leaf():  # which has no node of those that were learned
+def unflatten(treespec: PyTreeSpec, values: Iterable[Any], params: Any) -> Any:
+    """A tree of `values` like `params`, whose nodes need not be able to hold them: a dict stands for a TensorDict."""
+    if not treespec.namespace:  # then none of its nodes was learned
         return treespec.unflatten(values)
-    rest = iter(values)
-    children = [unflatten(spec, [*islice(rest, spec.num_leaves)]) for spec in treespec.children()]
-    node, one_level = treespec.type, cast("PyTreeSpec", treespec.one_level())
-    plain = _plain_type(node, treespec.entries()) if node in _learned else node
-    if plain is dict and node in _learned:
-        return dict(zip(map(_key, treespec.entries()), children, strict=True))
-    return children if plain is list else one_level.unflatten(children)
+    return _fill(params, iter(values))
+
+
+def _fill(params: Any, values: Iterator[Any]) -> Any:
+    nodes, treespec = optree.tree_flatten(params, lambda x: type(x) in _learned, namespace=NAMESPACE)
+    return treespec.unflatten([_fill_node(x, values) if type(x) in _learned else next(values) for x in nodes])
+
+
+def _fill_node(node: Any, values: Iterator[Any]) -> Any:
+    level = _one_level(node)
+    children = [_fill(child, values) for child in level.children]
+    plain = _plain_type_of(node)
+    if plain is dict:
+        return dict(zip(map(_key, level.entries), children, strict=True))
+    return children if plain is list else level.unflatten_func(level.metadata, children)
 
 
 def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
@@ -116,7 +120,7 @@ def keys_of(path: optree.PyTreeAccessor) -> list[Any]:
     return [_key(getattr(entry, "field", entry.entry)) for entry in path]
 
 
-def insertion_order(treespec: PyTreeSpec) -> list[int]:
+def insertion_order(treespec: PyTreeSpec, params: Any) -> list[int]:
     """The indices of leaves as `model.parameters()` has them: by insertion of keys, where optree sorts them."""
 
     def walk(tree: Any) -> list[int]:
@@ -125,7 +129,7 @@ def insertion_order(treespec: PyTreeSpec) -> list[int]:
         nodes: Any = cast("Any", tree).values() if isinstance(tree, dict) else _one_level(tree).children
         return [index for child in nodes for index in walk(child)]
 
-    return walk(unflatten(treespec, range(treespec.num_leaves)))
+    return walk(unflatten(treespec, range(treespec.num_leaves), params))
 
 
 def in_kind_of(model: Any, tree: Any) -> Any:
@@ -138,7 +142,7 @@ def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> lis
     try:
         return treespec.flatten_up_to(tree)
     except ValueError:
-        # It knows no list in the place of a tuple and no dict in the place of a TensorDict, and no good sentence.
+        # It takes no list for a tuple and no dict for a TensorDict, and its errors name no path.
         return _align(params, in_kind_of(params, tree), name, (), is_prefix=False)
 
 
@@ -160,22 +164,22 @@ def _align(params: Any, tree: Any, name: str, at: tuple[tuple[Any, Any], ...], *
     if is_single and not is_prefix:
         return [tree]
     if is_single or is_end or _plain_type_of(params) is not _plain_type_of(tree):
-        raise _mismatch(name, at, f"is {_kind(tree)}", f"is {_kind(params)}", is_prefix=is_prefix)
+        raise _mismatch(name, at, f"is {_kind(tree)}", f"is {_kind(params)}", is_prefix=is_prefix) from None
     expected = _one_level(params)
     children: Sequence[Any]
     if _plain_type_of(params) is dict:
         by_key, keys = _by_key(tree), [*map(_key, expected.entries)]
         if by_key.keys() != {*keys}:
-            raise _mismatch(name, at, _strangers(by_key, keys), f"has {_few(keys)}", is_prefix=is_prefix)
+            raise _mismatch(name, at, _strangers(by_key, keys), f"has {_few(keys)}", is_prefix=is_prefix) from None
         children = [by_key[key] for key in keys]
     else:
         children, metadata = _one_level(tree)[:2]
         if len(expected.children) != len(children):
             lengths = [f"has length {len(x)}" for x in (children, expected.children)]
-            raise _mismatch(name, at, *lengths, is_prefix=is_prefix)
+            raise _mismatch(name, at, *lengths, is_prefix=is_prefix) from None
         if expected.kind == optree.PyTreeKind.CUSTOM and type(tree) is type(params) and expected.metadata != metadata:
             data = [f"has {x!r} beside its children" for x in (metadata, expected.metadata)]
-            raise _mismatch(name, at, *data, is_prefix=is_prefix)
+            raise _mismatch(name, at, *data, is_prefix=is_prefix) from None
     return [
         x
         for key, param, child in zip(expected.entries, expected.children, children, strict=True)
@@ -202,18 +206,15 @@ def _few(keys: list[Any]) -> str:
     return f"{keys[:4]}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def _plain_type(node: Any, entries: Iterable[Any]) -> Any:
-    """The built-in dict or list, if it can stand for such a node, else `node` itself."""
-    if issubclass(node, dict):
-        return dict
-    for plain, key in ((dict, torch_pytree.MappingKey), (list, torch_pytree.SequenceKey)):
-        if node in _learned and all(isinstance(entry, key) for entry in entries):
-            return plain
-    return node
-
-
 def _plain_type_of(tree: Any) -> Any:
-    return _plain_type(type(tree), _one_level(tree).entries if type(tree) in _learned else ())
+    """The built-in dict or list, if it can stand for the node `tree`, else the type of that."""
+    own = cast("Any", type(tree))
+    if own in _learned:
+        keys = _one_level(tree).entries
+        for plain, kind in ((dict, torch_pytree.MappingKey), (list, torch_pytree.SequenceKey)):
+            if all(isinstance(key, kind) for key in keys):
+                return plain
+    return dict if isinstance(tree, dict) else own
 
 
 def _by_key(tree: Any) -> dict[Any, Any]:

@@ -49,7 +49,8 @@ def adam_update(
     Args:
         params: pytree of floating or complex tensors of any shape and layout, in units U.
         grads: like params, in L/U. A leaf of another dtype is cast to the wider of the parameter's and the moments'.
-            A leaf may be None if it has a step of its own; it then stands still.
+            A leaf may be None if it has a step of its own; it then stands still. At the root of this and any other tree
+            a tuple may stand for a list, as `torch.autograd.grad` returns one, and a list for a tuple.
         state: from `adam_init` or the previous update.
         hparams: the hyperparameters.
         kernel: "single", "foreach" or "fused": which of torch's kernels computes; "auto" is the fastest that can.
@@ -92,13 +93,13 @@ def adam_update(
                 old.copy_(new)
             buffers, steps = given.buffers, given.steps
     like_params, treespec = given.treespec.unflatten, given.treespec
-    params, masters = _rounded(given, buffers.params, donate=donate)
-    return like_params(params), AdamState(
-        step=steps[0] if given.is_step_shared else unflatten(treespec, steps),
+    new_params, masters = _rounded(given, buffers.params, donate=donate)
+    return like_params(new_params), AdamState(
+        step=steps[0] if given.is_step_shared else unflatten(treespec, steps, params),
         exp_avg=like_params(buffers.exp_avgs),
         exp_avg_sq=like_params(buffers.exp_avg_sqs),
         max_exp_avg_sq=like_params(buffers.max_exp_avg_sqs) if hparams.amsgrad else (),
-        master_params=unflatten(treespec, masters) if given.narrow else state.master_params,
+        master_params=unflatten(treespec, masters, params) if given.narrow else state.master_params,
     )
 
 

@@ -150,12 +150,22 @@ def test_import_is_light_and_silent(package: str):
 def test_import_registers_only_its_own_pytree_node():
     out = run_python(
         "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
-        "optree_before = set(optree.register_pytree_node.get());"
+        "known = lambda name: set(optree.register_pytree_node.get(namespace=name)); optree_before = known('');"
         "import functional_adam;"
         "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
-        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before])"
+        "[c.__name__ for c in known('') - optree_before], [*(known('functional_adam') - known(''))])"
     )
-    assert out.strip() == "['AdamHparams'] ['AdamHparams']"
+    assert out.strip() == "['AdamHparams'] ['AdamHparams'] []"
+
+
+def test_trees_alone_takes_trees_apart():
+    calls = {
+        module
+        for module in IMPORTS
+        for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("optree.tree_")
+    }
+    assert calls == {"trees"}
 
 
 def test_the_page_shows_the_import_graph():

@@ -668,7 +668,7 @@ def test_what_holds_parameters_and_is_no_tree_of_them_is_told_what_to_pass(make:
         (lambda: adam_update(params, torch.ones(2), state, HPARAMS), "params"),
         (lambda: adam_init({"a": [params]}, HPARAMS), "params['a'][0]"),
     ):
-        with pytest.raises(TypeError) as caught:  # noqa: PT011
+        with pytest.raises(TypeError) as caught:
             call()
         assert str(caught.value) == f"{path} is of type {type(params).__name__}. {advice}"
 
