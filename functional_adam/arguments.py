@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from optree import PyTreeSpec
 from torch import Tensor
@@ -14,7 +13,7 @@ from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hpa
 from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
 from functional_adam.state import AdamState, TensorTree, is_spent
 from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
-from functional_adam.trees import broadcast_prefix, flatten_like, path_of
+from functional_adam.trees import broadcast_prefix, flatten_known, flatten_like, is_leaf, learn, path_of
 
 
 class Arguments(NamedTuple):
@@ -46,9 +45,26 @@ def flatten_arguments(
 ) -> Arguments:
     """Flatten all trees like `params` and raise if anything is wrong with them."""
     _check_types(grads, state, hparams)
+    try:
+        return _flatten(params, grads, state, hparams, grad_scale, found_inf)
+    except (TypeError, ValueError):
+        # A node that is met for the first time was taken for a leaf, which is no tensor.
+        if not learn(flatten_known(params)[0]):
+            raise
+    return flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
+
+
+def _flatten(
+    params: TensorTree,
+    grads: TensorTree,
+    state: AdamState,
+    hparams: AdamHparams,
+    grad_scale: Scalar | None,
+    found_inf: Scalar | None,
+) -> Arguments:
     scale = None if grad_scale is None else _zero_dim(grad_scale, "grad_scale").to(torch.float32)
     found = None if found_inf is None else _zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
-    param_leaves, treespec = optree.tree_flatten(params)
+    param_leaves, treespec = flatten_known(params)
     steps = _flatten_steps(state, treespec, params)
     wide_params, narrow = _with_masters(param_leaves, state, treespec, params)
     buffers = Buffers(
@@ -115,26 +131,18 @@ def _scalars_of(
         for number, name in zip(numbers, NUMBER_NAMES, strict=True)
     ]
     tensors = _distinct(x for column in columns for x in column if isinstance(x, Tensor))
+    places = {x: place for place, x in enumerate(tensors)}
     sets: dict[tuple[Any, ...], Scalars] = {}
     scalars: list[Scalars] = []
     for row in zip(*columns, *([flag] * count for flag in flags), strict=True):
-        # Tensors by their places, since dynamo would guard what their id() is.
-        key = tuple(("tensor", _place(x, tensors)) if isinstance(x, Tensor) else x for x in row)
+        key = tuple(("tensor", places[x]) if isinstance(x, Tensor) else x for x in row)
         scalars.append(sets.setdefault(key, Scalars(*row)))
     return scalars, [*sets.values()], tensors
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for x in tensors:
-        if _place(x, found) == len(found):
-            found.append(x)
-    return found
-
-
-def _place(x: Tensor, tensors: list[Tensor]) -> int:
-    """The place of `x` itself in `tensors`, or behind them all."""
-    return next((i for i, y in enumerate(tensors) if y is x), len(tensors))
+    # A tensor is a key by its identity, without id(), whose value dynamo would guard.
+    return [*dict.fromkeys(tensors)]
 
 
 def _check_types(grads: Any, state: Any, hparams: Any) -> None:
@@ -198,7 +206,7 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
 def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
     if isinstance(state.step, Tensor):
         return [state.step]
-    if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or optree.tree_is_leaf(state.step)):
+    if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or is_leaf(state.step)):
         raise TypeError(
             f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
             "like params, as adam_init makes."

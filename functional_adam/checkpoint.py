@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import optree
 import torch
-from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.hparams import AdamHparams, check_scalar, number_fault, to_float
 from functional_adam.leaves import DTYPES, tensor_fault
 from functional_adam.state import AdamState, TensorTree, adam_init, is_spent
+from functional_adam.trees import flatten
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
 
@@ -93,17 +92,15 @@ def state_from_dict(flat: Mapping[str, Tensor], params: TensorTree, hparams: Ada
             values.append(_step_like(place, flat[key], where, counted))
         else:
             values.append(copy_into(place, flat[key], where, f"params{path}"))
-    structure: PyTreeSpec = optree.tree_structure(cast("Any", template))
-    return cast("AdamState", structure.unflatten(values))
+    return cast("AdamState", flatten(template)[1].unflatten(values))
 
 
 def _fields_and_paths(state: AdamState) -> list[tuple[str, str, Tensor]]:
     """The tensors of `state`, each with its field and its path in that."""
-    tree: Any = state
-    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    leaves, treespec = flatten(state)
     return [
         (AdamState._fields[accessor[0].entry], accessor[1:].codify(""), leaf)
-        for accessor, leaf in zip(accessors, leaves, strict=True)
+        for accessor, leaf in zip(treespec.accessors(), leaves, strict=True)
     ]
 
 

@@ -1,9 +1,8 @@
 """explain: which kernel would compute an update, on which leaves together, and on copies of what."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
-import optree
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from functional_adam.hparams import AdamHparams, Scalar
 from functional_adam.leaves import BUFFER_NAMES, local_shard, placement_change
 from functional_adam.planning import FASTEST_FIRST, KernelName, Plan, group_leaves, obstacle
 from functional_adam.state import AdamState, TensorTree
+from functional_adam.trees import flatten
 
 
 class LeafGroup(NamedTuple):
@@ -132,21 +132,20 @@ def explain(
         # Half types are computed in float32 by the equations.
         dtype = torch.promote_types(group.dtype, torch.float32) if way.kernel == EQUATIONS else group.dtype
         groups.append(LeafGroup(leaves[0].device, dtype, names, elements, h))
-    still = [path.codify("params") for i, path in enumerate(paths) if i not in {*moving}]
-    found: dict[tuple[str, str], NewMemory] = {}
+    is_moving = {*moving}
+    still = [path.codify("params") for i, path in enumerate(paths) if i not in is_moving]
+    found: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for root, index, nbytes, why in (*_results(given, way, donate=donate), *_copies(given, way, moving, donate=donate)):
-        earlier = found.get((root, why), NewMemory([], 0, why))
-        name = paths[index].codify(root)
-        found[root, why] = NewMemory([*earlier.tensors, name], earlier.nbytes + nbytes, why)
-    return Explanation(way.watched_by, way.kernel, _reasons(given, way, kernel), groups, still, [*found.values()])
+        found.setdefault((root, why), []).append((paths[index].codify(root), nbytes))
+    memory = [NewMemory([name for name, _ in x], sum(n for _, n in x), why) for (_, why), x in found.items()]
+    return Explanation(way.watched_by, way.kernel, _reasons(given, way, kernel), groups, still, memory)
 
 
 def _hparams_of(h: Scalars) -> AdamHparams:
     tree: Any = AdamHparams(amsgrad=h.amsgrad, maximize=h.maximize, decoupled_weight_decay=h.decoupled_weight_decay)
     lr, beta1, beta2, eps, weight_decay = h[:5]
-    # By tree_unflatten, which checks no values: what the update takes can be explained.
-    rebuilt: Any = optree.tree_unflatten(optree.tree_structure(tree), (lr, beta1, beta2, eps, weight_decay))
-    return rebuilt
+    # By unflatten, which checks no values: what the update takes can be explained.
+    return cast("Any", flatten(tree)[1].unflatten((lr, beta1, beta2, eps, weight_decay)))
 
 
 def _reasons(given: Arguments, way: Way, asked: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from functional_adam.layouts import foreign_layout
 from functional_adam.tracking import is_readable, is_tracing
+from functional_adam.trees import flatten, leaves_of
 
 Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any
@@ -29,7 +30,8 @@ class AdamHparams:
     """The hyperparameters of :func:`adam_update`, with the names, defaults and messages of `torch.optim.Adam`.
 
     Each number is a Python number or a 0-dim tensor, or a pytree of them that is a prefix of `params`: what stands at
-    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`. A tensor can be mapped,
+    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`, and where `params` have None
+    it may have None. A tensor can be mapped,
     differentiated, or changed between the calls of a compiled update without recompiling it; it counts at its own
     value, so that a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with `torch.func.vmap`, give
     them stacked, as a 1-dim tensor. Numbers are the leaves of this pytree, flags are part of its structure.
@@ -178,12 +180,12 @@ def check_hparams(hparams: Any) -> None:
 
 
 def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
-    """The scalars of `number` and where they are."""
-    if isinstance(number, (Tensor, Real)):
+    """The scalars of `number` and where they are. None within a tree stands where params have None."""
+    if number is None or isinstance(number, (Tensor, Real)):
         return [(name, number)]
     if is_tracing():  # where an error's path is not worth a treespec, which dynamo makes of no dict of constants
-        return [(name, leaf) for leaf in optree.tree_leaves(number, _is_hparams, none_is_leaf=True)]
-    leaves, treespec = optree.tree_flatten(number, _is_hparams, none_is_leaf=True)
+        return [(name, leaf) for leaf in leaves_of(number, _is_hparams)]
+    leaves, treespec = flatten(number, _is_hparams)
     return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """The leaves of an update as parallel lists, and what makes a tensor fit to be one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MappingView, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -55,6 +55,7 @@ BUFFER_NAMES = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_av
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_HOLDERS: Any = (torch.nn.Module, Iterator, MappingView)  # of parameters, but no pytree of them
 
 
 def local_shard(x: Tensor) -> Tensor:
@@ -114,6 +115,9 @@ def check_params(params: Sequence[Any], treespec: PyTreeSpec) -> None:
     for index, param in enumerate(params):
         fault = tensor_fault(param)
         if fault:
+            if isinstance(param, _HOLDERS):
+                expected = "Expected tensors: pass {name: p.detach() for name, p in model.named_parameters()}."
+                fault = f"is of type {type(param).__name__}. {expected}"
             raise TypeError(f"{path_of(treespec, index, 'params')} {fault}")
 
 

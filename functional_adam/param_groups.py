@@ -75,7 +75,8 @@ class Call(NamedTuple):
             max_exp_avg_sq=self._column("max_exp_avg_sq") if self.hparams.amsgrad else (),
         )
         given = flatten_arguments(self.params, self.grads, state, self.hparams, None, None)
-        return partial(run_update, given, select_way(given, self.kernel, donate=True), state, donate=True)
+        way = select_way(given, self.kernel, donate=True)
+        return partial(run_update, self.params, given, way, state, donate=True)
 
     def _column(self, name: str) -> dict[int, Any]:
         return {place: row.get(name) for place, row in self.rows.items()}

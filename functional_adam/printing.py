@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import optree
 from torch import Tensor
+
+from functional_adam.trees import is_leaf, map_leaves
 
 _LEAVES = 24  # so many are shown
 
@@ -36,11 +37,11 @@ class _Text:
             if fields:
                 return f"{name}({self._listed([(f'{key}=', x) for key, x in zip(fields, items, strict=True)])})"
             return f"({self._listed([('', x) for x in items])}{',' * (len(items) == 1)})"
-        if optree.tree_is_leaf(tree):
+        if is_leaf(tree):
             self.room -= 1
             return repr(tree)
         try:
-            return repr(optree.tree_map(self._stand_in, tree))
+            return repr(map_leaves(self._stand_in, tree))
         except Exception:  # a node may refuse such leaves in a way of its own
             return repr(tree)
 

@@ -2,14 +2,13 @@
 
 from typing import Any, NamedTuple, TypeAlias
 
-import optree
 import torch
 from torch import Tensor
 
 from functional_adam.hparams import AdamHparams, check_flag, check_hparams_type
 from functional_adam.leaves import DTYPES, MASTER_DTYPES, check_params
 from functional_adam.printing import shown
-from functional_adam.trees import path_of
+from functional_adam.trees import flatten, leaves_of, path_of, unflatten
 
 TensorTree: TypeAlias = Any
 """A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
@@ -45,7 +44,7 @@ class AdamState(NamedTuple):
 
     def __repr__(self) -> str:
         # The memory of a donated state holds the values of another one.
-        is_donated = any(map(is_spent, optree.tree_leaves(self.step)))
+        is_donated = any(map(is_spent, leaves_of(self.step)))
         texts = ["donated" if is_donated and text != "()" else text for text in map(shown, self)]
         return f"AdamState({', '.join(f'{name}={text}' for name, text in zip(self._fields, texts, strict=True))})"
 
@@ -103,11 +102,11 @@ def adam_init(
     check_hparams_type(hparams)
     check_flag(per_leaf_step, "per_leaf_step")
     check_flag(master_params, "master_params")
-    leaves, treespec = optree.tree_flatten(params)
+    leaves, treespec = flatten(params)
     check_params(leaves, treespec)
     with torch.no_grad():
         if per_leaf_step:
-            step: TensorTree = treespec.unflatten([_zero_step(leaf.device) for leaf in leaves])
+            step: TensorTree = unflatten(treespec, [_zero_step(leaf.device) for leaf in leaves], params)
         else:
             device = leaves[0].device if leaves else torch.device("cpu")
             for index, leaf in enumerate(leaves):
@@ -128,7 +127,7 @@ def adam_init(
             exp_avg=zeros(),
             exp_avg_sq=zeros(),
             max_exp_avg_sq=zeros() if hparams.amsgrad else (),
-            master_params=treespec.unflatten([_master_of(leaf) for leaf in leaves]) if master_params else (),
+            master_params=unflatten(treespec, [_master_of(leaf) for leaf in leaves], params) if master_params else (),
         )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_adam.checkpoint import listed
 from functional_adam.hparams import AdamHparams, check_scalar
+from functional_adam.trees import unflatten
 
 FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 
@@ -45,7 +46,7 @@ def parts_of(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict
 
 
 def hparams_of_groups(
-    groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec
+    groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec, params: Any
 ) -> AdamHparams:
     """The hyperparameters of all groups; a number in which they differ becomes a tree like params."""
     owner = {leaf_of[key]: index for index, group in enumerate(groups) for key in group["params"]}
@@ -53,7 +54,7 @@ def hparams_of_groups(
     def number(values: list[Any]) -> Any:
         if all(_plain(value) == _plain(values[0]) for value in values):
             return own(values[0])
-        return treespec.unflatten([own(values[owner[leaf]]) for leaf in range(treespec.num_leaves)])
+        return unflatten(treespec, [own(values[owner[leaf]]) for leaf in range(treespec.num_leaves)], params)
 
     for index, group in enumerate(groups):
         missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]

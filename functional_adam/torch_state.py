@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal
 
-import optree
 from optree import PyTreeSpec
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from functional_adam.checkpoint import copy_into, listed, read_step
 from functional_adam.hparams import AdamHparams, check_hparams
 from functional_adam.state import AdamState, TensorTree, adam_init
 from functional_adam.torch_param_groups import FLAGS, hparams_of_groups, own, parts_of
+from functional_adam.trees import flatten, flatten_like, insertion_order, keys_of, unflatten
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -22,9 +22,11 @@ def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHpara
 
     The index of a parameter is its place in `params` in the order of insertion, which for
     `dict(model.named_parameters())` is that of `model.parameters()`. Leaves that share all hyperparameters are a group;
-    groups come in the order of their first leaf, and the index counts through them, as in torch. Kernel flags are
-    those of a new optimizer: set `fused` or `foreach` in the groups before `load_state_dict`, which takes them from
-    there.
+    groups come in the order of their first leaf, and the index counts through them, as in torch. Where keys of
+    `params` are strings, the groups have `param_names`: the keys of a path joined by dots. Where they are not, or two
+    paths would have one name, groups that change the order of the leaves have the places of their leaves as names.
+    Kernel flags are those of a new optimizer: set `fused` or `foreach` in the groups before `load_state_dict`, which
+    takes them from there.
 
     Args:
         params: pytree of tensors, in units U.
@@ -52,9 +54,13 @@ def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHpara
     # Parameters are as good as gradients for the checks.
     given = flatten_arguments(params, params, state, hparams, None, None)
     columns = [column for column in given.buffers[1:] if column]
+    order = insertion_order(given.treespec, params)
     leaves_of: dict[int, list[int]] = {}
-    for index in _insertion_order(given.treespec):
+    for index in order:
         leaves_of.setdefault(id(given.scalars[index]), []).append(index)
+    names, kind = _names(given.treespec, params)
+    # Groups that interleave change the order of the leaves, which then only names can tell.
+    has_names = kind == "paths" or [index for leaves in leaves_of.values() for index in leaves] != order
     entries: dict[int, dict[str, Tensor]] = {}
     groups: list[dict[str, Any]] = []
     flags = {name: getattr(hparams, name) for name in FLAGS}
@@ -63,7 +69,8 @@ def to_torch_state_dict(params: TensorTree, state: AdamState, hparams: AdamHpara
         lr, *betas, eps, weight_decay = given.scalars[leaves[0]][:5] if leaves else given.scalar_sets[0][:5]
         numbers = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         places = [len(entries) + i for i in range(len(leaves))]
-        groups.append({**{name: own(x) for name, x in numbers.items()}, **flags, "params": places})
+        group: dict[str, Any] = {**{name: own(x) for name, x in numbers.items()}, **flags, "params": places}
+        groups.append({**group, "param_names": [names[i] for i in leaves]} if has_names else group)
         for place, index in zip(places, leaves, strict=True):
             entries[place] = _entry(given, columns, index)
     return {"state": entries, "param_groups": groups}
@@ -80,8 +87,9 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     """The state and hyperparameters of a `torch.optim.Adam` or `AdamW`; the inverse of :func:`to_torch_state_dict`.
 
     Where the groups carry `param_names`, and keys of `params` are strings, parameters are found by name: the keys of
-    a path joined by dots. Else index i is the i-th leaf in the order of insertion; with several groups that is the
-    order in which the optimizer got them.
+    a path joined by dots. So they are where the names are the places that :func:`to_torch_state_dict` gives to other
+    trees. Else index i is the i-th leaf in the order of insertion; with several groups that is the order in which the
+    optimizer got them.
 
     All leaves share one step if each has a state and their steps are equal. Else each has its own, as with
     `adam_init(..., per_leaf_step=True)`; one without a state begins at step 0. Either continues as torch does.
@@ -109,10 +117,10 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
 
     Source: `torch.optim.Optimizer.load_state_dict`.
     """
-    treespec = optree.tree_structure(params)
+    leaves, treespec = flatten(params)
     groups, entries = parts_of(state_dict)
-    leaf_of = _leaf_of(treespec, groups)
-    hparams = hparams_of_groups(groups, leaf_of, treespec)
+    leaf_of = _leaf_of(treespec, params, groups)
+    hparams = hparams_of_groups(groups, leaf_of, treespec, params)
     check_hparams(hparams)
     unknown = [key for key in entries if key not in leaf_of]
     if unknown:
@@ -124,7 +132,7 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     for index, step in steps.items():
         if step.shape != ():
             raise ValueError(f"{given[index][0]}['step'] has shape {tuple(step.shape)}, expected ().")
-    devices = {leaf.device for leaf in optree.tree_leaves(params) if isinstance(leaf, Tensor)}
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
     is_shared = len(steps) == treespec.num_leaves and len({*map(float, steps.values())}) <= 1 >= len(devices)
 
     state = adam_init(params, hparams, per_leaf_step=not is_shared)
@@ -134,28 +142,27 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
         for index, (where, entry) in given.items():
             column[index] = copy_into(column[index], entry[name], f"{where}[{name!r}]", paths[index].codify("params"))
         moments[name] = treespec.unflatten(column)
-    zeros: list[Any] = [state.step] if is_shared else treespec.flatten_up_to(state.step)
+    zeros: list[Any] = [state.step] if is_shared else flatten_like(treespec, state.step, "state.step", params)
     placed = [steps[i].to(zero.device, copy=True) if i in steps else zero for i, zero in enumerate(zeros)]
-    return state._replace(step=placed[0] if is_shared else treespec.unflatten(placed), **moments), hparams
+    return state._replace(step=placed[0] if is_shared else unflatten(treespec, placed, params), **moments), hparams
 
 
-def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
+def _leaf_of(treespec: PyTreeSpec, params: TensorTree, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
     """The leaf of params that each id in the groups stands for, by its name or by its place."""
     ids: list[Any] = [key for group in groups for key in group.get("params", ())]
     # torch.distributed.checkpoint writes names instead of indices.
     labels = ids if all(isinstance(x, str) for x in ids) else [x for g in groups for x in g.get("param_names") or ()]
-    paths = [[getattr(entry, "field", entry.entry) for entry in accessor] for accessor in treespec.accessors()]
-    if labels and any(isinstance(entry, str) for path in paths for entry in path):
-        leaf_of: dict[Hashable, int] = {".".join(map(str, path)): index for index, path in enumerate(paths)}
-        if len(leaf_of) != len(paths):
-            raise ValueError(
-                "Two leaves of params have one name, so that they cannot be found by the names in state_dict. Rename "
-                "one, or take 'param_names' out of the groups to go by the order of params."
-            )
-        what = "names"
-    else:
+    names, kind = _names(treespec, params)
+    leaf_of: dict[Hashable, int] = {name: index for index, name in enumerate(names)}
+    what = "names"
+    if labels and kind == "clash" and leaf_of.keys() != {*labels}:
+        raise ValueError(
+            "Two leaves of params have one name, so that they cannot be found by the names in state_dict. Rename "
+            "one, or take 'param_names' out of the groups to go by the order of params."
+        )
+    if not labels or (kind == "places" and leaf_of.keys() != {*labels}):
         labels, what = ids, "indices"
-        leaf_of = dict(enumerate(_insertion_order(treespec)))
+        leaf_of = dict(enumerate(insertion_order(treespec, params)))
     counts = Counter(labels)
     missing = [label for label in leaf_of if label not in counts]
     extra = [label for label in counts if label not in leaf_of]
@@ -163,24 +170,22 @@ def _leaf_of(treespec: PyTreeSpec, groups: Sequence[Mapping[str, Any]]) -> dict[
     faults = [f"{text} {listed(x)}" for text, x in (("lack", missing), ("add", extra), ("repeat", twice)) if x]
     if faults or len({*ids}) != len(labels):
         raise ValueError(
-            f"The {what} in state_dict['param_groups'] do not match the {len(paths)} leaves of params: they "
+            f"The {what} in state_dict['param_groups'] do not match the {len(names)} leaves of params: they "
             f"{' and '.join(faults) or 'repeat an index'}. Give the parameters of the optimizer"
             + (", or take 'param_names' out of the groups to go by their order." if what == "names" else ".")
         )
     return {key: leaf_of[label] for key, label in zip(ids, labels, strict=True)}
 
 
-def _insertion_order(treespec: PyTreeSpec) -> list[int]:
-    """The indices of leaves as `model.parameters()` has them: by insertion of keys, where optree sorts them."""
-
-    def walk(tree: Any) -> list[int]:
-        if tree is None or isinstance(tree, int):
-            return [] if tree is None else [tree]
-        if isinstance(tree, dict):
-            return [index for child in cast("dict[Any, Any]", tree).values() for index in walk(child)]
-        return [index for child in optree.tree_flatten_one_level(tree).children for index in walk(child)]
-
-    return walk(treespec.unflatten(range(treespec.num_leaves))) if treespec.num_leaves else []
+def _names(treespec: PyTreeSpec, params: TensorTree) -> tuple[list[str], Literal["paths", "places", "clash"]]:
+    """A name for each leaf: its path joined by dots. Where no key is a string, or two paths clash, its place."""
+    paths = [keys_of(path) for path in treespec.accessors()]
+    names = [".".join(map(str, path)) for path in paths]
+    has_keys = any(isinstance(key, str) for path in paths for key in path)
+    if has_keys and len({*names}) == len(names):
+        return names, "paths"
+    place_of = {index: str(place) for place, index in enumerate(insertion_order(treespec, params))}
+    return [place_of[index] for index in range(len(names))], "clash" if has_keys else "places"
 
 
 def _check_entry(entry: Mapping[str, Any], where: str, hparams: AdamHparams) -> None:

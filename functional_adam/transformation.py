@@ -12,7 +12,6 @@ Example:
 
 from typing import Any, NamedTuple, Protocol
 
-import optree
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from functional_adam.leaves import tensor_fault
 from functional_adam.planning import KernelName, check_kernel_name
 from functional_adam.state import AdamState, TensorTree, adam_init
 from functional_adam.tracking import is_tracing, is_transformed
-from functional_adam.trees import flatten_like, path_of
+from functional_adam.trees import flatten, flatten_like, in_kind_of, leaves_of, map_leaves, path_of
 from functional_adam.update import adam_update
 
 
@@ -141,26 +140,23 @@ def adam(
                 f"state is of type {type(state).__name__}, expected the AdamState of init. "
                 "The order is update(grads, state, params)."
             )
-        if optree.tree_leaves(state.master_params):
+        if leaves_of(state.master_params):
             raise ValueError(
                 "state.master_params is given, but updates are added to the parameters, not to their copies. "
                 "Use adam_update, or a state without copies."
             )
-        given = _in_kind_of(state.exp_avg, grads)
-        like = _in_kind_of(state.exp_avg, state.exp_avg if params is None else params)
+        like = in_kind_of(state.exp_avg, state.exp_avg if params is None else params)
         # Without weight decay an update does not depend on the parameter: that of 0 is the update itself, not rounded.
-        old = like if has_decay and not inplace else optree.tree_map(_detached_copy if has_decay else _zeros, like)
+        old = like if has_decay and not inplace else map_leaves(_detached_copy if has_decay else _zeros, like)
         # Donation empties the step of its state, but the caller may go on with it.
-        own = state._replace(step=optree.tree_map(_copy, state.step)) if inplace else state
-        new, result = adam_update(old, given, own, hparams, kernel=kernel, donate=inplace)
+        own = state._replace(step=map_leaves(_copy, state.step)) if inplace else state
+        new, result = adam_update(old, grads, own, hparams, kernel=kernel, donate=inplace)
         if inplace:
-            optree.tree_map_(Tensor.copy_, state.step, result.step)
-        updates = (
-            optree.tree_map(torch.sub, new, optree.tree_map(Tensor.detach, like) if inplace else like)
-            if has_decay
-            else new
-        )
-        return _in_kind_of(grads, updates), state if inplace else result
+            steps, treespec = flatten(state.step)
+            for step, counted in zip(steps, flatten_like(treespec, result.step, "step", state.step), strict=True):
+                step.copy_(counted)
+        updates = map_leaves(torch.sub, new, map_leaves(Tensor.detach, like) if inplace else like) if has_decay else new
+        return in_kind_of(grads, updates), state if inplace else result
 
     return GradientTransformation(init, update)
 
@@ -189,8 +185,8 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
     Source: `optax.apply_updates`, `torchopt.apply_updates`.
     """
     check_flag(inplace, "inplace")
-    leaves, treespec = optree.tree_flatten(params)
-    changes = flatten_like(treespec, _in_kind_of(params, updates), "updates", params)
+    leaves, treespec = flatten(params)
+    changes = flatten_like(treespec, updates, "updates", params)
     for index, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
         for name, x in (("params", leaf), ("updates", change)):
             fault = None if change is None else tensor_fault(x)
@@ -215,11 +211,6 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
                     leaf.add_(change)
         return params
     return treespec.unflatten([p if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)])
-
-
-def _in_kind_of(model: Any, tree: Any) -> Any:
-    """`tree`, as a list where `model` is one and it is a tuple, or the reverse."""
-    return type(model)(tree) if {type(model), type(tree)} == {list, tuple} else tree
 
 
 # What is no leaf stays as it is, for adam_update to say so.

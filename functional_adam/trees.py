@@ -1,10 +1,113 @@
-"""Pytrees by optree: flatten one tree like another, and say where and how two trees differ."""
+"""Pytrees by optree: flatten one tree like another, and say where and how two trees differ.
 
-from collections.abc import Sequence
-from typing import Any
+Nodes that torch's pytree knows and optree does not, such as a TensorDict, are registered with optree when they are
+first met, in a namespace of this package's own, so that nothing changes for others.
+"""
+
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import optree
+import torch
+import torch.utils._pytree as torch_pytree
 from optree import PyTreeSpec
+from torch import Tensor
+
+NAMESPACE = "functional_adam"
+
+_torch_nodes: dict[Any, Any] = getattr(torch_pytree, "SUPPORTED_NODES", {})
+_learned: set[Any] = set()
+_lock = threading.Lock()
+_DICTS = (dict, OrderedDict, defaultdict)
+
+
+class TorchEntry(optree.PyTreeEntry):
+    """A step of a path through a node that torch's pytree has described: a key, a place or the name of an attribute."""
+
+    def codify(self, node: str = "") -> str:
+        """The child of `node` as Python code."""
+        return f"{node}{self.entry}"
+
+
+def flatten(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:
+    """The leaves of `tree`, and its structure. What `is_end` holds for counts as a leaf too."""
+    leaves, treespec = flatten_known(tree, is_end)
+    return flatten(tree, is_end) if learn(leaves) else (leaves, treespec)
+
+
+def flatten_known(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:
+    """As `flatten`, but a node that optree does not know yet counts as a leaf."""
+    return optree.tree_flatten(tree, is_end, namespace=NAMESPACE)
+
+
+def learn(leaves: Iterable[Any]) -> bool:
+    """Whether some of `leaves` are nodes, which optree knows from now on: what was flattened must be flattened anew."""
+    return not torch.compiler.is_dynamo_compiling() and _learn({*map(type, leaves)})
+
+
+def _learn(kinds: set[Any]) -> bool:
+    nodes = {kind for kind in kinds & _torch_nodes.keys() if not issubclass(kind, Tensor)}
+    with _lock:
+        for node in nodes - _learned:
+            _register(node)
+            _learned.add(node)
+    return bool(nodes)
+
+
+def _register(node: Any) -> None:
+    its = _torch_nodes[node]
+
+    def flatten_with_keys(tree: Any) -> tuple[list[Any], Any, list[Any]]:
+        children, context = its.flatten_fn(tree)  # the context that comes with the keys may be another one
+        return children, context, [key for key, _ in its.flatten_with_keys_fn(tree)[0]]
+
+    has_keys = its.flatten_with_keys_fn is not None
+    register: Any = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
+    register(
+        node,
+        flatten_with_keys if has_keys else its.flatten_fn,
+        lambda context, children: its.unflatten_fn([*children], context),  # pyright: ignore[reportUnknownLambdaType]
+        path_entry_type=TorchEntry if has_keys else optree.FlattenedEntry,
+        namespace=NAMESPACE,
+    )
+
+
+def leaves_of(tree: Any, is_end: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The leaves of `tree`, whose nodes optree knows."""
+    return optree.tree_leaves(tree, is_end, namespace=NAMESPACE)
+
+
+def is_leaf(tree: Any) -> bool:
+    """Whether `tree` is neither None nor a node."""
+    return optree.tree_is_leaf(tree, namespace=NAMESPACE)
+
+
+def map_leaves(function: Any, tree: Any, *like: Any) -> Any:
+    """`function` of each leaf of `tree`, and of what stands in its place in the others."""
+    return optree.tree_map(function, tree, *like, namespace=NAMESPACE)
+
+
+def unflatten(treespec: PyTreeSpec, values: Iterable[Any], params: Any) -> Any:
+    """A tree of `values` like `params`, whose nodes need not be able to hold them: a dict stands for a TensorDict."""
+    if not treespec.namespace:  # then none of its nodes was learned
+        return treespec.unflatten(values)
+    return _fill(params, iter(values))
+
+
+def _fill(params: Any, values: Iterator[Any]) -> Any:
+    nodes, treespec = optree.tree_flatten(params, lambda x: type(x) in _learned, namespace=NAMESPACE)
+    return treespec.unflatten([_fill_node(x, values) if type(x) in _learned else next(values) for x in nodes])
+
+
+def _fill_node(node: Any, values: Iterator[Any]) -> Any:
+    level = _one_level(node)
+    children = [_fill(child, values) for child in level.children]
+    plain = _plain_type_of(node)
+    if plain is dict:
+        return dict(zip(map(_key, level.entries), children, strict=True))
+    return children if plain is list else level.unflatten_func(level.metadata, children)
 
 
 def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
@@ -12,65 +115,124 @@ def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
     return treespec.accessors()[index].codify(root)
 
 
+def keys_of(path: optree.PyTreeAccessor) -> list[Any]:
+    """The keys, places and names of attributes on `path`."""
+    return [_key(getattr(entry, "field", entry.entry)) for entry in path]
+
+
+def insertion_order(treespec: PyTreeSpec, params: Any) -> list[int]:
+    """The indices of leaves as `model.parameters()` has them: by insertion of keys, where optree sorts them."""
+
+    def walk(tree: Any) -> list[int]:
+        if isinstance(tree, int):
+            return [tree]
+        nodes: Any = cast("Any", tree).values() if isinstance(tree, dict) else _one_level(tree).children
+        return [index for child in nodes for index in walk(child)]
+
+    return walk(unflatten(treespec, range(treespec.num_leaves), params))
+
+
+def in_kind_of(model: Any, tree: Any) -> Any:
+    """`tree`, as a list where `model` is one and it is a tuple, or the reverse."""
+    return type(model)(tree) if {type(model), type(tree)} == {list, tuple} else tree
+
+
 def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> list[Any]:
     """What stands in `tree` where `params`, whose structure is `treespec`, has its leaves."""
     try:
         return treespec.flatten_up_to(tree)
-    except ValueError as error:
-        message = _difference(params, tree, optree.PyTreeAccessor(), name) or f"{name}: {error}"
-        raise ValueError(f"{message} {name} must have the structure of params.") from None
+    except ValueError:
+        # It takes no list for a tuple and no dict for a TensorDict, and its errors name no path.
+        return _align(params, in_kind_of(params, tree), name, (), is_prefix=False)
 
 
 def broadcast_prefix(prefix: Any, name: str, params: Any) -> list[Any]:
     """For each leaf of `params` the leaf of `prefix` that stands at or above it."""
-
-    def repeat(leaf: Any, subtree: Any) -> list[Any]:
-        return [leaf] * len(optree.tree_leaves(subtree))
-
-    try:
-        # By tree_map, since dynamo makes no treespec of a dict of constants (torch 2.13).
-        repeated: Any = optree.tree_map(repeat, prefix, params)
-    except ValueError as error:
-        message = _difference(prefix, params, optree.PyTreeAccessor(), "params", name) or f"{name}: {error}"
-        raise ValueError(f"{message} {name} must be a number or a pytree prefix of params.") from None
-    return optree.tree_leaves(repeated)
+    return _align(params, in_kind_of(params, prefix), name, (), is_prefix=True)
 
 
-def _difference(params: Any, tree: Any, at: optree.PyTreeAccessor, name: str, model: str = "params") -> str | None:
-    """The first place where the nodes of `params`, called `model`, are not met by `tree`, in a sentence."""
-    if params is not None and optree.tree_is_leaf(params):
-        return None
-    here, there = at.codify(name), at.codify(model)
-    if params is None:
-        return None if tree is None else f"{here} is {_kind(tree)}, but {there} is None."
-    expected: Any = _one_level(params)
-    if tree is None or optree.tree_is_leaf(tree):
-        return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
-    got = _one_level(tree)
-    children: Sequence[Any] = got.children
-    if isinstance(params, dict) and isinstance(tree, dict):
-        by_key: dict[Any, Any] = dict(zip(got.entries, got.children, strict=True))
-        missing = [key for key in expected.entries if key not in by_key]
-        extra = [key for key in got.entries if key not in expected.entries]
-        if missing or extra:
-            lacks = f" lacks {missing}" if missing else ""
-            adds = f" has the extra {extra}" if extra else ""
-            return f"{here}{lacks}{' and' if lacks and adds else ''}{adds}, but {there} has {list(expected.entries)}."
-        children = [by_key[key] for key in expected.entries]
-    elif _kind(params) != _kind(tree):
-        return f"{here} is {_kind(tree)}, but {there} is {_kind(params)}."
-    elif len(expected.children) != len(got.children):
-        return f"{here} has length {len(got.children)}, but {there} has length {len(expected.children)}."
-    for key, param, child in zip(expected.entries, expected.children, children, strict=True):
-        entry = expected.path_entry_type(key, expected.type, expected.kind)
-        found = _difference(param, child, at + entry, name, model)
-        if found:
-            return found
-    return None
+def _align(params: Any, tree: Any, name: str, at: tuple[tuple[Any, Any], ...], *, is_prefix: bool) -> list[Any]:
+    """What `tree` has for each leaf of `params`; raise ValueError where the two first differ.
+
+    Dicts are met by key: optree goes through some kinds in the order of insertion, and through others by sorted keys.
+    """
+    if params is None and tree is None:
+        return []
+    is_single, is_end = is_leaf(params), is_leaf(tree)
+    if is_prefix and is_end:
+        return [tree] if is_single else [tree] * len(leaves_of(params))
+    if is_single and not is_prefix:
+        return [tree]
+    if is_single or is_end or _plain_type_of(params) is not _plain_type_of(tree):
+        raise _mismatch(name, at, f"is {_kind(tree)}", f"is {_kind(params)}", is_prefix=is_prefix) from None
+    expected = _one_level(params)
+    children: Sequence[Any]
+    if _plain_type_of(params) is dict:
+        by_key, keys = _by_key(tree), [*map(_key, expected.entries)]
+        if by_key.keys() != {*keys}:
+            raise _mismatch(name, at, _strangers(by_key, keys), f"has {_few(keys)}", is_prefix=is_prefix) from None
+        children = [by_key[key] for key in keys]
+    else:
+        children, metadata = _one_level(tree)[:2]
+        if len(expected.children) != len(children):
+            lengths = [f"has length {len(x)}" for x in (children, expected.children)]
+            raise _mismatch(name, at, *lengths, is_prefix=is_prefix) from None
+        if expected.kind == optree.PyTreeKind.CUSTOM and type(tree) is type(params) and expected.metadata != metadata:
+            data = [f"has {x!r} beside its children" for x in (metadata, expected.metadata)]
+            raise _mismatch(name, at, *data, is_prefix=is_prefix) from None
+    return [
+        x
+        for key, param, child in zip(expected.entries, expected.children, children, strict=True)
+        for x in _align(param, child, name, (*at, (expected, key)), is_prefix=is_prefix)
+    ]
+
+
+def _mismatch(name: str, at: tuple[tuple[Any, Any], ...], got: str, expected: str, *, is_prefix: bool) -> ValueError:
+    path = optree.PyTreeAccessor([node.path_entry_type(key, node.type, node.kind) for node, key in at])
+    advice = "be a number or a pytree prefix" if is_prefix else "have the structure"
+    return ValueError(
+        f"{path.codify(name)} {got}, but {path.codify('params')} {expected}. {name} must {advice} of params."
+    )
+
+
+def _strangers(got: dict[Any, Any], expected: list[Any]) -> str:
+    """Which keys are too few and too many."""
+    missing, known = [x for x in expected if x not in got], {*expected}
+    extra = [x for x in got if x not in known]
+    return " and ".join([f"lacks {_few(missing)}"] * bool(missing) + [f"has the extra {_few(extra)}"] * bool(extra))
+
+
+def _few(keys: list[Any]) -> str:
+    return f"{keys[:4]}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _plain_type_of(tree: Any) -> Any:
+    """The built-in dict or list, if it can stand for the node `tree`, else the type of that."""
+    own = cast("Any", type(tree))
+    if own in _learned:
+        keys = _one_level(tree).entries
+        for plain, kind in ((dict, torch_pytree.MappingKey), (list, torch_pytree.SequenceKey)):
+            if all(isinstance(key, kind) for key in keys):
+                return plain
+    return dict if isinstance(tree, dict) else own
+
+
+def _by_key(tree: Any) -> dict[Any, Any]:
+    # Dynamo flattens no dict of constants (torch 2.13).
+    if type(tree) in _DICTS:
+        return tree
+    level = _one_level(tree)
+    return dict(zip(map(_key, level.entries), level.children, strict=True))
+
+
+def _key(entry: Any) -> Any:
+    """A key, place or name without the class that torch gives it."""
+    names = {torch_pytree.MappingKey: "key", torch_pytree.SequenceKey: "idx", torch_pytree.GetAttrKey: "name"}
+    return getattr(entry, names[type(entry)]) if type(entry) in names else entry
 
 
 def _one_level(tree: Any) -> Any:
-    return optree.tree_flatten_one_level(tree)
+    return optree.tree_flatten_one_level(tree, namespace=NAMESPACE)
 
 
 def _kind(tree: Any) -> str:

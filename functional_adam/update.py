@@ -17,6 +17,7 @@ from functional_adam.planning import KernelName, group_leaves, run_kernel
 from functional_adam.recycling import copies
 from functional_adam.rules import advance, differentiable_update
 from functional_adam.state import AdamState, TensorTree
+from functional_adam.trees import unflatten
 
 
 def adam_update(
@@ -50,7 +51,8 @@ def adam_update(
     Args:
         params: pytree of floating or complex tensors of any shape and layout, in units U.
         grads: like params, in L/U. A leaf of another dtype is cast to the wider of the parameter's and the moments'.
-            A leaf may be None if it has a step of its own; it then stands still.
+            A leaf may be None if it has a step of its own; it then stands still. At the root of this and any other tree
+            a tuple may stand for a list, as `torch.autograd.grad` returns one, and a list for a tuple.
         state: from `adam_init` or the previous update.
         hparams: the hyperparameters.
         kernel: "single", "foreach" or "fused": which of torch's kernels computes; "auto" is the fastest that can.
@@ -83,11 +85,13 @@ def adam_update(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
     """
     given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    return run_update(given, select_way(given, kernel, donate=donate), state, donate=donate)
+    return run_update(params, given, select_way(given, kernel, donate=donate), state, donate=donate)
 
 
-def run_update(given: Arguments, way: Way, state: AdamState, *, donate: bool) -> tuple[TensorTree, AdamState]:
-    """What `adam_update` does once its arguments are read and checked; `state` is the one in `given`."""
+def run_update(
+    params: TensorTree, given: Arguments, way: Way, state: AdamState, *, donate: bool
+) -> tuple[TensorTree, AdamState]:
+    """What `adam_update` does once its arguments are read and checked; `params` and `state` are those of `given`."""
     if way.watched_by is None:
         buffers, steps = _run_kernel(given, way, donate=donate)
     else:
@@ -96,14 +100,14 @@ def run_update(given: Arguments, way: Way, state: AdamState, *, donate: bool) ->
             for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
                 old.copy_(new)
             buffers, steps = given.buffers, given.steps
-    unflatten = given.treespec.unflatten
-    params, masters = _rounded(given, way, buffers.params, donate=donate)
-    return unflatten(params), AdamState(
-        step=steps[0] if given.is_step_shared else unflatten(steps),
-        exp_avg=unflatten(buffers.exp_avgs),
-        exp_avg_sq=unflatten(buffers.exp_avg_sqs),
-        max_exp_avg_sq=unflatten(buffers.max_exp_avg_sqs) if buffers.max_exp_avg_sqs else state.max_exp_avg_sq,
-        master_params=unflatten(masters) if given.narrow else state.master_params,
+    like_params, treespec = given.treespec.unflatten, given.treespec
+    new_params, masters = _rounded(given, way, buffers.params, donate=donate)
+    return like_params(new_params), AdamState(
+        step=steps[0] if given.is_step_shared else unflatten(treespec, steps, params),
+        exp_avg=like_params(buffers.exp_avgs),
+        exp_avg_sq=like_params(buffers.exp_avg_sqs),
+        max_exp_avg_sq=like_params(buffers.max_exp_avg_sqs) if buffers.max_exp_avg_sqs else state.max_exp_avg_sq,
+        master_params=unflatten(treespec, masters, params) if given.narrow else state.master_params,
     )
 
 

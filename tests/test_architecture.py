@@ -14,10 +14,10 @@ PACKAGE = Path(functional_adam.__file__).parent
 # Each module and what it may import of ours: a directed graph without cycles, lowest first.
 IMPORTS = {
     "layouts": set(),
-    "printing": set(),
     "tracking": set(),
     "trees": set(),
-    "hparams": {"layouts", "tracking"},
+    "printing": {"trees"},
+    "hparams": {"layouts", "tracking", "trees"},
     "equations": {"hparams", "layouts"},
     "scalars": {"equations", "hparams"},
     "derivatives": {"equations", "hparams", "scalars"},
@@ -49,25 +49,14 @@ IMPORTS = {
     },
     "dispatch": {"arguments", "donation", "equations", "hparams", "leaves", "planning", "tracking"},
     "update": {
-        *(
-            "arguments",
-            "compiled_donation",
-            "dispatch",
-            "donation",
-            "equations",
-            "hparams",
-            "layouts",
-            "leaves",
-            "planning",
-            "recycling",
-        ),
-        *("rules", "state"),
+        *("arguments", "compiled_donation", "dispatch", "donation", "equations", "hparams", "layouts", "leaves"),
+        *("planning", "recycling", "rules", "state", "trees"),
     },
-    "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state"},
+    "explanation": {"arguments", "dispatch", "equations", "hparams", "leaves", "planning", "state", "trees"},
     "transformation": {"donation", "hparams", "leaves", "planning", "state", "tracking", "trees", "update"},
-    "checkpoint": {"hparams", "leaves", "state"},
-    "torch_param_groups": {"checkpoint", "hparams"},
-    "torch_state": {"arguments", "checkpoint", "hparams", "state", "torch_param_groups"},
+    "checkpoint": {"hparams", "leaves", "state", "trees"},
+    "torch_param_groups": {"checkpoint", "hparams", "trees"},
+    "torch_state": {"arguments", "checkpoint", "hparams", "state", "torch_param_groups", "trees"},
     "param_groups": {"arguments", "dispatch", "donation", "hparams", "planning", "state", "update"},
     "adapter": {"param_groups"},
     "distributed.registration": {"adapter"},
@@ -193,14 +182,24 @@ def test_import_is_light_and_silent(package: str):
 def test_import_registers_only_its_own_classes():
     out = run_python(
         "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
-        "optree_before = set(optree.register_pytree_node.get());"
+        "known = lambda name: set(optree.register_pytree_node.get(namespace=name)); optree_before = known('');"
         "safe_before = torch.serialization.get_safe_globals();"
         "import functional_adam;"
         "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
-        "[c.__name__ for c in set(optree.register_pytree_node.get()) - optree_before],"
+        "[c.__name__ for c in known('') - optree_before], [*(known('functional_adam') - known(''))],"
         "sorted(c.__name__ for c in set(torch.serialization.get_safe_globals()) - set(safe_before)))"
     )
-    assert out.strip() == "['AdamHparams'] ['AdamHparams'] ['AdamHparams', 'AdamState']"
+    assert out.strip() == "['AdamHparams'] ['AdamHparams'] [] ['AdamHparams', 'AdamState']"
+
+
+def test_trees_alone_takes_trees_apart():
+    calls = {
+        module
+        for module in IMPORTS
+        for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("optree.tree_")
+    }
+    assert calls == {"trees"}
 
 
 def test_the_page_shows_the_import_graph():

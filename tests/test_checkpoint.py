@@ -207,6 +207,58 @@ def test_names_in_place_of_indices_are_followed() -> None:
     assert_equal(state.exp_avg, {"a": (1 - 0.9) * leaf(1), "b": (1 - 0.9) * leaf(0)})
 
 
+@PROPERTY
+@given(params=trees(tensors(overlapping=False)), seed=seeds, data=st.data())
+def test_a_state_comes_back_to_its_leaves_however_groups_interleave(
+    params: Any, seed: int, data: st.DataObject
+) -> None:
+    leaves, treespec = optree.tree_flatten(params)
+    rates = data.draw(st.lists(st.sampled_from([0.1, 0.2]), min_size=len(leaves), max_size=len(leaves)))
+    hparams = AdamHparams(lr=treespec.unflatten(rates) if leaves else 0.1)
+    state = random_state(params, hparams, seed, per_leaf_step=data.draw(st.booleans()))
+    found, found_hparams = from_torch_state_dict(params, to_torch_state_dict(params, state, hparams))
+    assert optree.broadcast_prefix(found_hparams.lr, params) == rates
+    assert_equal(found[1:], state[1:])
+
+
+INTERLEAVED: dict[str, tuple[Any, list[list[str]] | None]] = {  # leaves 0 and 2 are a group; their names
+    "dict": ({"a": 0, "b": 1, "c": 2}, [["a", "c"], ["b"]]),
+    "unsorted": ({"c": 0, "a": 1, "b": 2}, [["c", "b"], ["a"]]),
+    "nested": ({"a": [0, Pair(1, {"x": 2})]}, [["a.0", "a.1.second.x"], ["a.1.first"]]),
+    "list": ([0, 1, 2], [["0", "2"], ["1"]]),
+    "numbers": ({3: 0, 1: 1, 2: 2}, [["0", "2"], ["1"]]),
+    "clash": ({"a.b": 0, "a": {"b": 1, "c": 2}}, [["0", "2"], ["1"]]),
+    "clash_of_numbers": ({"a": {1: 0, "1": 1, "2": 2}}, [["0", "2"], ["1"]]),
+}
+
+
+@pytest.mark.parametrize(("tree", "names"), INTERLEAVED.values(), ids=INTERLEAVED)
+def test_groups_that_interleave_go_to_torch_and_come_back_by_name(tree: Any, names: list[list[str]]) -> None:
+    params, rates = optree.tree_map(lambda _: torch.ones(2), tree), {0: 0.1, 1: 0.2, 2: 0.1}
+    hparams = AdamHparams(lr=optree.tree_map(rates.__getitem__, tree))
+    state = adam_init(params, hparams)._replace(exp_avg=optree.tree_map(lambda i: torch.full((2,), 1.0 * i), tree))
+    state_dict = to_torch_state_dict(params, state, hparams)
+    assert [group["param_names"] for group in state_dict["param_groups"]] == names
+    found, found_hparams = from_torch_state_dict(params, state_dict)
+    assert found_hparams == hparams
+    assert_equal(found.exp_avg, state.exp_avg)
+
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.Adam([{"params": [weights[0], weights[2]]}, {"params": [weights[1]]}])
+    optimizer.load_state_dict(state_dict)
+    assert [optimizer.state[weight]["exp_avg"].tolist() for weight in weights] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    again, again_hparams = from_torch_state_dict(params, optimizer.state_dict())
+    assert again_hparams == hparams
+    assert_equal(again, found)
+
+
+def test_only_groups_in_order_go_without_names() -> None:
+    for params in ([leaf(0), leaf(1)], leaf(0), {1: leaf(0), 0: leaf(1)}):
+        hparams = AdamHparams()
+        group = to_torch_state_dict(params, adam_init(params, hparams), hparams)["param_groups"][0]
+        assert "param_names" not in group
+
+
 def test_groups_that_agree_are_one_run() -> None:
     weights = [torch.nn.Parameter(leaf(i)) for i in range(3)]
     groups = [{"params": [weights[2], weights[0]]}, {"params": [weights[1]]}]

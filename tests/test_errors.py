@@ -648,6 +648,31 @@ def test_init_refuses_what_cannot_be_updated(leaf: Any, words: tuple[str, ...], 
         assert word in str(caught.value)
 
 
+CONTAINERS: dict[str, Callable[[], Any]] = {
+    "generator": lambda: torch.nn.Linear(2, 2).parameters(),
+    "module": lambda: torch.nn.Linear(2, 2),
+    "ParameterDict": lambda: torch.nn.ParameterDict({"w": torch.ones(2)}),
+    "ParameterList": lambda: torch.nn.ParameterList([torch.ones(2)]),
+    "values": lambda: {"w": torch.ones(2)}.values(),
+    "map": lambda: map(torch.clone, [torch.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+def test_what_holds_parameters_and_is_no_tree_of_them_is_told_what_to_pass(make: Callable[[], Any]) -> None:
+    params = make()
+    advice = "Expected tensors: pass {name: p.detach() for name, p in model.named_parameters()}."
+    state = AdamState(torch.zeros(()), torch.ones(2), torch.ones(2))
+    for call, path in (
+        (lambda: adam_init(params, HPARAMS), "params"),
+        (lambda: adam_update(params, torch.ones(2), state, HPARAMS), "params"),
+        (lambda: adam_init({"a": [params]}, HPARAMS), "params['a'][0]"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value) == f"{path} is of type {type(params).__name__}. {advice}"
+
+
 @pytest.mark.parametrize("given", [None, {"lr": 0.1}, 0.1, AdamState(1, 2, 3)], ids=lambda x: type(x).__name__)
 def test_init_refuses_what_is_not_hparams(given: Any) -> None:
     with pytest.raises(TypeError, match=rf"hparams is of type {type(given).__name__}, expected AdamHparams"):

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import functional_adam.explanation
 import functional_adam.kernels
 from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
+from functional_adam.explanation import NewMemory
 from tests.oracles import KERNELS
 
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
@@ -302,6 +304,19 @@ def test_it_raises_what_the_update_raises(case: str) -> None:
     with pytest.raises(expected.type, match=r"\w") as got:
         explain(*arguments, **keywords)
     assert str(got.value) == str(expected.value)
+
+
+def test_tensors_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[int] = []
+
+    def new_memory(tensors: list[str], nbytes: int, why: str) -> NewMemory:
+        listed.append(len(tensors))
+        return NewMemory(tensors, nbytes, why)
+
+    monkeypatch.setattr(functional_adam.explanation, "NewMemory", new_memory)
+    params = [torch.ones(2) for _ in range(50)]
+    explain(params, params, adam_init(params, HPARAMS), HPARAMS)
+    assert listed == [50, 50, 50]
 
 
 @donate_or_not

@@ -1,5 +1,7 @@
 """Numbers per subtree or leaf: as the param groups of `torch.optim`, one kernel call a set, under every transform."""
 
+import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +15,16 @@ from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
 import functional_adam.kernels
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam import (
+    AdamHparams,
+    AdamState,
+    adam_init,
+    adam_update,
+    explain,
+    from_torch_state_dict,
+    to_torch_state_dict,
+    transformation,
+)
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.strategies import PROPERTY, random_tensor, seeds, trees
 from tests.tolerances import assert_close, assert_equal
@@ -244,6 +255,40 @@ def test_equal_numbers_are_one_set(calls: list[int], number: Callable[[], Any]) 
     assert calls == [7]
 
 
+def opcodes_of(run_it: Callable[[], Any]) -> int:
+    """How many instructions Python takes."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run_it()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("function", [adam_update, explain])
+@pytest.mark.parametrize("kind", ["own", "shared", "number"])
+def test_work_is_in_proportion_to_the_leaves(function: Callable[..., Any], kind: str) -> None:
+    def work(size: int) -> int:
+        params = {str(i): torch.ones(2) for i in range(size)}
+        one = torch.tensor(0.1)
+        lr = {key: {"own": torch.tensor(0.1), "shared": one, "number": 0.1}[kind] for key in params}
+        hparams = AdamHparams(lr=lr)
+        state = adam_init(params, hparams)
+        return opcodes_of(lambda: function(params, params, state, hparams))
+
+    works = [work(size) for size in (20, 20, 40, 80)]  # what is only done once is done in the first
+    assert works[3] - works[2] < 2.05 * (works[2] - works[1])
+
+
 def test_the_kernel_is_called_once_per_distinct_set_under_a_transform(calls: list[int]) -> None:
     hparams, grads = make_hparams(CASES["mask"]), make_tree(seed=1)
     state = adam_init(make_tree(), hparams)
@@ -414,11 +459,25 @@ def test_a_compiled_update_takes_trees_of_floats_and_tensors(case: str) -> None:
 WRONG_PREFIXES: dict[str, tuple[Any, str]] = {
     "missing_key": (
         {"head": 0.1, "layers": 0.1},
-        r"extra \['norm'\], but hparams\.lr has .*must be a number or a pytree prefix of params",
+        r"^hparams\.lr lacks \['norm'\], but params has .*must be a number or a pytree prefix of params",
     ),
-    "extra_key": ({"head": 0.1, "layers": 0.1, "norm": 0.1, "tail": 0.1}, r"tail.*hparams\.lr.* prefix of params"),
+    "extra_key": (
+        {"head": 0.1, "layers": 0.1, "norm": 0.1, "tail": 0.1},
+        r"^hparams\.lr has the extra \['tail'\], but params has .* prefix of params",
+    ),
     "other_key": ({"head": {"b": 0.1, "v": 0.1}, "layers": 0.1, "norm": 0.1}, r"hparams\.lr\['head'\] .* prefix"),
-    "length": ({"head": 0.1, "layers": [0.1], "norm": 0.1}, r"length 2, but hparams\.lr\['layers'\] has length 1"),
+    "length": (
+        {"head": 0.1, "layers": [0.1], "norm": 0.1},
+        r"^hparams\.lr\['layers'\] has length 1, but params\['layers'\] has length 2",
+    ),
+    "none": (
+        {"head": 0.1, "layers": [0.1, Block(0.1, None)], "norm": 0.1},
+        r"^hparams\.lr\['layers'\]\[1\]\.bias is None, but params\['layers'\]\[1\]\.bias is of type Tensor\.",
+    ),
+    "none_for_a_node": (
+        {"head": None, "layers": 0.1, "norm": 0.1},
+        r"^hparams\.lr\['head'\] is None, but params\['head'\] is of type dict\.",
+    ),
     "node": ({"head": 0.1, "layers": (0.1, 0.1), "norm": 0.1}, r"hparams\.lr\['layers'\] is of type tuple"),
     "named": (
         {"head": 0.1, "layers": [(0.1, 0.1), 0.1], "norm": 0.1},
@@ -450,7 +509,7 @@ def test_a_prefix_that_does_not_fit_names_the_number(name: str) -> None:
         adam_update(params, make_tree(seed=1), adam_init(params, AdamHparams()), hparams)
 
 
-@pytest.mark.parametrize("value", [None, "0.1", True, 1j, torch.tensor(True), torch.tensor(1j)], ids=str)
+@pytest.mark.parametrize("value", ["0.1", True, 1j, torch.tensor(True), torch.tensor(1j)], ids=str)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_no_number_in_a_tree_is_a_type_error_with_its_path(name: str, value: Any) -> None:
     place = {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name)
@@ -489,13 +548,124 @@ def test_a_failed_update_changes_nothing() -> None:
 # Any tree, any prefix.
 
 
+def mappings(items: dict[Any, Any]) -> st.SearchStrategy[Any]:
+    """`items` in every kind of dict and every order of insertion, nested ones too."""
+    nested = {key: mappings(value) if isinstance(value, dict) else st.just(value) for key, value in items.items()}
+    kinds = st.sampled_from([dict, OrderedDict, lambda pairs: defaultdict(list, pairs)])
+    values, orders = st.fixed_dictionaries(nested), st.permutations([*items])
+    return st.builds(lambda make, found, keys: make([(key, found[key]) for key in keys]), kinds, values, orders)
+
+
+KEYS = {"strings": ("weight", "bias", "10", "9"), "unsortable": ("weight", 3, ("a", 1), 1)}
+
+
+@PROPERTY
+@given(st.data())
+def test_numbers_gradients_and_states_reach_their_leaves_by_key_in_every_kind_of_dict(data: st.DataObject) -> None:
+    first, second, third, fourth = data.draw(st.sampled_from([*KEYS.values()]))
+
+    def tree(leaf: Callable[[int], Any], part: Callable[[int], Any]) -> Any:
+        return data.draw(mappings({first: leaf(0), second: {third: leaf(1), fourth: leaf(2)}, third: part(3)}))
+
+    def flat(found: Any) -> list[Any]:
+        return [found[first], found[second][third], found[second][fourth], found[third]]
+
+    def of_seed(seed: int) -> Any:
+        return tree(*[lambda i: random_tensor((3,), torch.float32, 10 * seed + i)] * 2)
+
+    rates, decays = [0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.25, 0.125]
+    hparams = AdamHparams(lr=tree(*[rates.__getitem__] * 2), weight_decay=tree(*[decays.__getitem__] * 2))
+    params, grads, per_leaf_step = of_seed(0), of_seed(1), data.draw(st.booleans())
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    if per_leaf_step:
+        state = state._replace(step=tree(*[lambda i: torch.tensor(float(i))] * 2))
+    state = state._replace(exp_avg=of_seed(2), exp_avg_sq=optree.tree_map(torch.square, of_seed(3)))
+    new, new_state = adam_update(params, grads, state, hparams)
+
+    rows = zip(*map(flat, (params, grads, *state[1:3])), rates, decays, strict=True)
+    for i, (param, gradient, exp_avg, exp_avg_sq, lr, decay) in enumerate(rows):
+        step = flat(state.step)[i] if per_leaf_step else state.step
+        alone = AdamHparams(lr=lr, weight_decay=decay)
+        expected = adam_update(param, gradient, AdamState(step, exp_avg, exp_avg_sq), alone)
+        assert_equal([flat(tree)[i] for tree in (new, *new_state[1:3])], [expected[0], *expected[1][1:3]])
+
+    paths = [f"params[{first!r}]", *(f"params[{second!r}][{key!r}]" for key in (third, fourth)), f"params[{third!r}]"]
+    groups = explain(params, grads, state, hparams).groups
+    assert {group.leaves[0]: group.hparams.lr for group in groups} == dict(zip(paths, rates, strict=True))
+    state_dict = to_torch_state_dict(params, state, hparams)
+    for group in state_dict["param_groups"]:
+        (index,) = group["params"]
+        assert_equal(state_dict["state"][index]["exp_avg"], flat(state.exp_avg)[rates.index(group["lr"])])
+    found, found_hparams = from_torch_state_dict(params, state_dict)
+    assert flat(found_hparams.lr) == rates
+    assert_equal(flat(found.exp_avg), flat(state.exp_avg))
+
+
+ORDERS = {
+    "a_state_dict": (OrderedDict, ("weight", "bias"), dict, ("weight", "bias")),
+    "an_ordered_dict_of_numbers": (dict, ("weight", "bias"), OrderedDict, ("weight", "bias")),
+    "other_order": (OrderedDict, ("weight", "bias"), OrderedDict, ("bias", "weight")),
+    "unsortable": (dict, ("weight", 3), OrderedDict, (3, "weight")),
+}
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("how", ["eager", "compile", "grad", "transformation"])
+@pytest.mark.parametrize(("kind", "keys", "kind_of_numbers", "order"), ORDERS.values(), ids=ORDERS)
+def test_numbers_are_found_by_key_on_every_way(
+    how: str, kind: Any, keys: tuple[Any, ...], kind_of_numbers: Any, order: tuple[Any, ...]
+) -> None:
+    params = kind((key, torch.ones(2)) for key in keys)
+    decay = dict(zip(keys, (0.5, 0.0), strict=True))
+    hparams = AdamHparams(
+        lr=0.5, weight_decay=kind_of_numbers((key, decay[key]) for key in order), decoupled_weight_decay=True
+    )
+    grads = kind((key, torch.zeros(2)) for key in keys)
+    state = adam_init(params, hparams)
+
+    def after(p: Any) -> Any:
+        return adam_update(p, grads, state, hparams)[0]
+
+    factors = {key: 1 - 0.5 * decay[key] for key in keys}
+    if how == "grad":
+        found = grad(lambda p: sum(x.sum() for x in after(p).values()))(params)
+    elif how == "transformation":
+        optimizer = transformation.adam(0.5, weight_decay=hparams.weight_decay, decoupled_weight_decay=True)
+        found = transformation.apply_updates(params, optimizer.update(grads, optimizer.init(params), params)[0])
+    else:
+        found = (torch.compile(after, fullgraph=True, backend="aot_eager") if how == "compile" else after)(params)
+    assert {key: x.tolist() for key, x in found.items()} == {key: [factors[key]] * 2 for key in keys}
+
+
+@each_kernel
+@pytest.mark.parametrize("at_none", [None, 0.5], ids=["none", "number"])
+def test_numbers_may_have_none_or_a_number_where_params_have_none(kernel: str, at_none: Any) -> None:
+    params = {"w": torch.ones(2), "bias": None, "layers": [Block(torch.ones(3), None)]}
+    lr = {"w": 0.1, "bias": at_none, "layers": [Block(0.2, at_none)]}
+    new, _ = run(params, [params], AdamHparams(lr=lr), kernel=kernel)
+    expected, _ = run([torch.ones(2), torch.ones(3)], [[torch.ones(2), torch.ones(3)]], AdamHparams(lr=[0.1, 0.2]))
+    assert_close([new["w"], new["layers"][0].weight], expected)
+    assert new["bias"] is None
+    hparams = AdamHparams(lr=lr)
+    state_dict = to_torch_state_dict(params, adam_init(params, hparams), hparams)
+    found, found_hparams = from_torch_state_dict(params, state_dict)
+    assert found_hparams.lr == {"w": 0.1, "bias": None, "layers": [Block(0.2, None)]}
+    assert_equal(adam_update(params, params, found, found_hparams, kernel=kernel)[0], new)
+
+
 @st.composite
 def prefixes(draw: st.DrawFn, tree: Any, numbers: st.SearchStrategy[Any]) -> Any:
     """A tree of `numbers` that is a prefix of `tree`."""
-    if tree is None or optree.tree_is_leaf(tree) or draw(st.booleans()):
+    if tree is None:
+        return draw(st.none() | numbers)
+    if optree.tree_is_leaf(tree) or draw(st.booleans()):
         return draw(numbers)
     node = optree.tree_flatten_one_level(tree)
     return node.unflatten_func(node.metadata, [draw(prefixes(child, numbers)) for child in node.children])
+
+
+def is_given(number: Any) -> bool:
+    return number is not None
 
 
 def some(*values: float) -> st.SearchStrategy[Any]:
@@ -509,11 +679,11 @@ def test_any_prefix_of_any_tree_equals_a_loop_over_leaves(data: st.DataObject) -
     shapes = st.sampled_from([(), (3,), (2, 5), (0,)])
     params = data.draw(trees(st.builds(random_tensor, shapes, dtypes, seeds)))
     numbers = {
-        "lr": data.draw(prefixes(params, some(0.1, 0.01, 0))),
-        "beta1": data.draw(prefixes(params, some(0.9, 0.0))),
-        "beta2": data.draw(prefixes(params, some(0.999, 0.5))),
-        "eps": data.draw(prefixes(params, some(1e-8, 0.1))),
-        "weight_decay": data.draw(prefixes(params, some(0.0, 0.1))),
+        "lr": data.draw(prefixes(params, some(0.1, 0.01, 0)).filter(is_given)),
+        "beta1": data.draw(prefixes(params, some(0.9, 0.0)).filter(is_given)),
+        "beta2": data.draw(prefixes(params, some(0.999, 0.5)).filter(is_given)),
+        "eps": data.draw(prefixes(params, some(1e-8, 0.1)).filter(is_given)),
+        "weight_decay": data.draw(prefixes(params, some(0.0, 0.1)).filter(is_given)),
     }
     flags = data.draw(st.sampled_from([*FLAGS.values()]))
     kernel = data.draw(st.sampled_from(KERNELS))

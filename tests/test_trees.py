@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam import AdamHparams, AdamState, adam_init, adam_update, explain
 from tests.oracles import KERNELS
 from tests.strategies import PROPERTY, Pair, is_dense, random_tensor, tensors, trees
 from tests.tolerances import assert_equal
@@ -232,6 +232,39 @@ def message_of(params: Any, grads: Any) -> str:
     return str(caught.value).removesuffix(" grads must have the structure of params.")
 
 
+@kernels
+@every_donate
+@every_step
+@pytest.mark.parametrize(("kind", "other"), [(list, tuple), (tuple, list)])
+def test_a_list_may_stand_for_a_tuple_at_the_root(
+    kernel: str, donate: bool, per_leaf_step: bool, kind: Any, other: Any
+) -> None:
+    def make(seed: int) -> list[Any]:
+        return [leaf(seed), {"a": leaf(seed + 1)}]
+
+    hparams, alike = AdamHparams(lr=other((0.1, 0.2))), AdamHparams(lr=kind((0.1, 0.2)))
+    state = adam_init(kind(make(0)), hparams, per_leaf_step=per_leaf_step)
+    expected = adam_update(kind(make(0)), kind(make(2)), state, alike, kernel=kernel)
+    mixed = state._replace(exp_avg=copy_of(other(state.exp_avg)), exp_avg_sq=copy_of(state.exp_avg_sq))
+    assert explain(kind(make(0)), other(make(2)), mixed, hparams) == explain(kind(make(0)), kind(make(2)), state, alike)
+    params, new = adam_update(kind(make(0)), other(make(2)), mixed, hparams, kernel=kernel, donate=donate)
+    assert_equal((params, new.exp_avg, new.exp_avg_sq), (expected[0], *expected[1][1:3]))
+    # Below the root nodes are what they are.
+    with pytest.raises(ValueError, match=r"^grads\[0\] is of type tuple, but params\[0\] is of type list\."):
+        adam_update([[leaf(0)]], [(leaf(0),)], adam_init([[leaf(0)]], hparams), hparams)
+
+
+def test_a_list_of_parameters_takes_what_autograd_returns() -> None:
+    params = [leaf(0).requires_grad_(), leaf(1).requires_grad_()]
+    grads = torch.autograd.grad(sum(p.square().sum() for p in params), params)
+    hparams = AdamHparams()
+    with torch.no_grad():
+        new, _ = adam_update(params, grads, adam_init(params, hparams), hparams)
+        expected, _ = adam_update(params, [*grads], adam_init(params, hparams), hparams)
+    assert type(new) is list
+    assert_equal(new, expected)
+
+
 X = torch.ones(2)
 DIFFERENCES: dict[str, tuple[Any, Any, str]] = {  # params, grads, what is said
     "missing": ({"a": X, "b": X}, {"b": X}, "grads lacks ['a'], but params has ['a', 'b']."),
@@ -240,6 +273,22 @@ DIFFERENCES: dict[str, tuple[Any, Any, str]] = {  # params, grads, what is said
         {"a": X, "b": X},
         {"b": X, "c": X},
         "grads lacks ['a'] and has the extra ['c'], but params has ['a', 'b'].",
+    ),
+    "one_of_many": (
+        {f"{i:03}": X for i in range(300)},
+        {f"{i:03}": X for i in range(299)},
+        "grads lacks ['299'], but params has ['000', '001', '002', '003'] and 296 more.",
+    ),
+    "many_of_many": (
+        {str(i): X for i in range(5)},
+        {str(i + 10): X for i in range(6)},
+        "grads lacks ['0', '1', '2', '3'] and 1 more and has the extra ['10', '11', '12', '13'] and 2 more, "
+        "but params has ['0', '1', '2', '3'] and 1 more.",
+    ),
+    "other_data": (
+        {"a": Attention(X, heads=1)},
+        {"a": Attention(X, heads=2)},
+        "grads['a'] has (('heads', 2),) beside its children, but params['a'] has (('heads', 1),) beside its children.",
     ),
     "for_none": ({"a": X, "n": None}, {"a": X, "n": X}, "grads['n'] is of type Tensor, but params['n'] is None."),
     "after_a_none": ([None, (X,)], [None, [X]], "grads[1] is of type list, but params[1] is of type tuple."),
@@ -263,6 +312,6 @@ def test_the_first_difference_of_two_trees_is_said_in_a_sentence(params: Any, gr
 
 def test_the_first_difference_of_a_prefix_is_said_in_a_sentence() -> None:
     params, hparams = {"a": X, "b": (X,)}, AdamHparams(lr={"a": 0.1, "b": [0.1]})
-    expected = "params['b'] is of type tuple, but hparams.lr['b'] is of type list. hparams.lr must be a number or a"
+    expected = "hparams.lr['b'] is of type list, but params['b'] is of type tuple. hparams.lr must be a number or a"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)} pytree prefix of params"):
         adam_update(params, params, adam_init(params, hparams), hparams)

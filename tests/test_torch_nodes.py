@@ -1,0 +1,352 @@
+"""Nodes that torch's pytree knows and optree does not: TensorDicts, and classes that a program registers with torch."""
+
+import dataclasses
+import itertools
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from functional_adam import (
+    AdamHparams,
+    AdamState,
+    adam_init,
+    adam_update,
+    explain,
+    from_torch_state_dict,
+    state_from_dict,
+    state_to_dict,
+    to_torch_state_dict,
+    transformation,
+)
+from tests.oracles import KERNELS
+from tests.strategies import random_tensor
+from tests.tensordicts import replace, tensordict
+from tests.tolerances import assert_close, assert_equal
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "amsgrad": True}
+LazyStackedTensorDict, TensorDict = tensordict.LazyStackedTensorDict, tensordict.TensorDict
+
+
+@pytest.fixture(autouse=True)
+def _in_a_program_that_imports_tensordict(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch)
+
+
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+every_step = pytest.mark.parametrize("per_leaf_step", [False, True], ids=["shared_step", "per_leaf_step"])
+
+
+@tensordict.tensorclass
+class Layer:
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclasses.dataclass
+class Block:
+    weight: Any
+    bias: Any
+    layers: Any = None
+
+
+torch_pytree.register_dataclass(Block)
+
+
+class Bag:
+    """A node without keys."""
+
+    def __init__(self, size: int, *items: Any) -> None:
+        self.size, self.items = size, items
+
+
+torch_pytree.register_pytree_node(
+    Bag, lambda bag: ([*bag.items], bag.size), lambda items, size: Bag(size, *items), serialized_type_name="Bag"
+)
+
+
+def leaf(seed: int) -> Tensor:
+    return random_tensor((2, 3), torch.float32, seed)
+
+
+# Each made of four leaves, with their paths.
+MAKERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "TensorDict": (
+        lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, []),
+        ("['w']", "['b']", "['in']['x']", "['in']['y']"),
+    ),
+    "batched": (
+        lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, [2]),
+        ("['w']", "['b']", "['in']['x']", "['in']['y']"),
+    ),
+    "within_a_dict": (
+        lambda w, b, x, y: {"z": TensorDict({"w": w, "b": b}, []), "a": [x, TensorDict({"y": y}, [])]},
+        ("['z']['w']", "['z']['b']", "['a'][0]", "['a'][1]['y']"),
+    ),
+    "lazy_stack": (
+        lambda w, b, x, y: LazyStackedTensorDict(TensorDict({"w": w, "b": b}), TensorDict({"w": x, "b": y})),
+        ("[0]['w']", "[0]['b']", "[1]['w']", "[1]['b']"),
+    ),
+    "tensorclass": (
+        lambda w, b, x, y: [Layer(w, b, batch_size=[]), Layer(x, y, batch_size=[])],
+        ("[0]['weight']", "[0]['bias']", "[1]['weight']", "[1]['bias']"),
+    ),
+    "dataclass": (
+        lambda w, b, x, y: Block(w, b, [Block(x, None), TensorDict({"y": y}, [])]),
+        (".weight", ".bias", ".layers[0].weight", ".layers[1]['y']"),
+    ),
+    "without_keys": (
+        lambda w, b, x, y: Bag(3, w, b, Bag(2, x, y)),
+        (
+            "[<flat index 0>]",
+            "[<flat index 1>]",
+            "[<flat index 2>][<flat index 0>]",
+            "[<flat index 2>][<flat index 1>]",
+        ),
+    ),
+}
+every_node = pytest.mark.parametrize(("make", "paths"), MAKERS.values(), ids=MAKERS)
+every_maker = pytest.mark.parametrize("make", [make for make, _ in MAKERS.values()], ids=MAKERS)
+
+
+def leaves_of(tree: Any) -> list[Tensor]:
+    """In the order in which a maker was given them: torch keeps it, and no dict is made in another one."""
+    return torch_pytree.tree_leaves(tree)
+
+
+def tree_of(make: Callable[..., Any], seed: int) -> Any:
+    return make(*(leaf(seed + i) for i in range(4)))
+
+
+@kernels
+@every_step
+@every_node
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_an_update_is_that_of_a_list_of_the_leaves(
+    make: Callable[..., Any], paths: tuple[str, ...], kernel: str, per_leaf_step: bool, donate: bool
+) -> None:
+    hparams = AdamHparams(**OPTIONS)
+    params, flat = tree_of(make, 0), [leaf(i) for i in range(4)]
+    state, flat_state = (adam_init(x, hparams, per_leaf_step=per_leaf_step) for x in (params, flat))
+    addresses = [x.data_ptr() for x in leaves_of(params)]
+    for seed in (10, 20):
+        grads = [leaf(seed + i) for i in range(4)]
+        params, state = adam_update(params, make(*grads), state, hparams, kernel=kernel, donate=donate)
+        flat, flat_state = adam_update(flat, grads, flat_state, hparams, kernel=kernel)
+    assert type(params) is type(state.exp_avg) is type(tree_of(make, 0))
+    assert torch_pytree.tree_structure(params) == torch_pytree.tree_structure(tree_of(make, 0))
+    for tree, expected in zip((params, *state[1:4]), (flat, *flat_state[1:4]), strict=True):
+        assert_equal(leaves_of(tree), expected)
+    assert ([x.data_ptr() for x in leaves_of(params)] == addresses) == donate
+    assert {*explain(params, params, state, hparams).groups[0].leaves} == {f"params{path}" for path in paths}
+
+
+@every_node
+def test_wrong_leaves_are_named_by_their_paths(make: Callable[..., Any], paths: tuple[str, ...]) -> None:
+    hparams, params = AdamHparams(), tree_of(make, 0)
+    state = adam_init(params, hparams)
+    for index, path in enumerate(paths):
+        grads = make(*(torch.ones(2, 3, dtype=torch.int32 if i == index else torch.float32) for i in range(4)))
+        with pytest.raises(TypeError, match=rf"^grads{re.escape(path)} is of torch.int32\."):
+            adam_update(params, grads, state, hparams)
+
+
+@every_step
+@every_node
+def test_states_go_to_files_and_to_torch_and_back(
+    make: Callable[..., Any], paths: tuple[str, ...], per_leaf_step: bool
+) -> None:
+    hparams, params = AdamHparams(**OPTIONS), tree_of(make, 0)
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    _, state = adam_update(params, tree_of(make, 10), state, hparams)
+    flat = state_to_dict(state)
+    assert {key for key in flat if re.match(r"exp_avg\b", key)} == {f"exp_avg{path}" for path in paths}
+    found = state_from_dict(flat, params, hparams)
+    assert type(found.exp_avg) is type(params)
+    assert_equal([leaves_of(tree) for tree in found], [leaves_of(tree) for tree in state])
+    state_dict = to_torch_state_dict(params, state, hparams)
+    assert_equal([state_dict["state"][i]["exp_avg"] for i in range(4)], leaves_of(state.exp_avg))
+    found, found_hparams = from_torch_state_dict(params, state_dict)
+    assert found_hparams == hparams
+    assert_equal([leaves_of(tree) for tree in found[1:]], [leaves_of(tree) for tree in state[1:]])
+
+
+RATES = [0.1, 0.2, 0.1, 0.4]
+
+
+@every_maker
+def test_numbers_that_differ_come_from_torch_as_a_tree_of_plain_nodes(make: Callable[..., Any]) -> None:
+    params = tree_of(make, 0)
+    weights = [torch.nn.Parameter(x) for x in leaves_of(params)]
+    groups = [{"params": [weight], "lr": lr} for weight, lr in zip(weights, RATES, strict=True)]
+    state, hparams = from_torch_state_dict(params, torch.optim.Adam(groups).state_dict())
+    new, _ = adam_update(params, tree_of(make, 10), state, hparams)
+    for x, old, seed, lr in zip(leaves_of(new), leaves_of(params), itertools.count(10), RATES, strict=False):
+        assert_equal(x, adam_update(old, leaf(seed), adam_init(old, hparams), AdamHparams(lr=lr))[0])
+
+
+def test_a_dict_or_a_tree_alike_gives_the_numbers_of_a_tensordict() -> None:
+    params, grads = (TensorDict({"w": leaf(i), "in": {"x": leaf(i + 1)}}, []) for i in (0, 10))
+    expected = None
+    for lr in (
+        {"in": {"x": 0.2}, "w": 0.1},
+        {"w": 0.1, "in": 0.2},
+        TensorDict({"w": torch.tensor(0.1, dtype=torch.float64), "in": {"x": torch.tensor(0.2, dtype=torch.float64)}}),
+    ):
+        hparams = AdamHparams(lr=lr)
+        new, _ = adam_update(params, grads, adam_init(params, hparams), hparams)
+        expected = new if expected is None else expected
+        assert_close([new["w"], new["in", "x"]], [expected["w"], expected["in", "x"]])
+    assert_equal(
+        expected["in", "x"], adam_update(leaf(1), leaf(11), adam_init(leaf(1), hparams), AdamHparams(lr=0.2))[0]
+    )
+
+
+def test_tensordicts_are_met_by_key_whatever_their_order_and_batch_size() -> None:
+    hparams = AdamHparams(**OPTIONS)
+    params, grads = TensorDict({"w": leaf(0), "b": leaf(1)}, []), TensorDict({"b": leaf(3), "w": leaf(2)}, [2])
+    state = adam_init(params, hparams)
+    expected, _ = adam_update(params, TensorDict({"w": leaf(2), "b": leaf(3)}, []), state, hparams)
+    new, _ = adam_update(params, grads, state, hparams)
+    assert new.batch_size == torch.Size([])
+    assert_equal(dict(new.items()), dict(expected.items()))
+    with pytest.raises(
+        ValueError, match=r"^grads lacks \['b'\] and has the extra \['c'\], but params has \['w', 'b'\]\."
+    ):
+        adam_update(params, TensorDict({"w": leaf(2), "c": leaf(3)}, []), state, hparams)
+    with pytest.raises(ValueError, match=r"^grads is of type Bag, but params is of type TensorDict\."):
+        adam_update(params, Bag(2, leaf(0), leaf(1)), state, hparams)
+    with pytest.raises(ValueError, match=r"^grads has 3 beside its children, but params has 2 beside its children\."):
+        adam_update(Bag(2, leaf(0)), Bag(3, leaf(1)), adam_init(Bag(2, leaf(0)), hparams), hparams)
+
+
+def test_masters_of_some_leaves_stand_in_a_dict() -> None:
+    params = TensorDict({"w": leaf(0).bfloat16(), "b": leaf(1)}, [2])
+    hparams = AdamHparams(**OPTIONS)
+    state = adam_init(params, hparams, master_params=True)
+    assert state.master_params["b"] == ()
+    new, state = adam_update(params, params, state, hparams)
+    assert_equal(new["w"], state.master_params["w"].bfloat16())
+    found = state_from_dict(state_to_dict(state), params, hparams)
+    assert_equal(found.master_params["w"], state.master_params["w"])
+
+
+def test_a_network_is_trained_as_a_tensordict() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    inputs, hparams = torch.randn(8, 3), AdamHparams(lr=0.1)
+    params = TensorDict.from_module(network).detach().clone()
+    flat = {name: p.detach().clone() for name, p in network.named_parameters()}
+    state, flat_state = adam_init(params, hparams), adam_init(flat, hparams)
+
+    def loss(p: Any) -> Tensor:
+        with p.to_module(network):
+            return network(inputs).square().mean()
+
+    def flat_loss(p: Any) -> Tensor:
+        return functional_call(network, p, (inputs,)).square().mean()
+
+    for _ in range(3):
+        params, state = adam_update(params, grad(loss)(params), state, hparams)
+        flat, flat_state = adam_update(flat, grad(flat_loss)(flat), flat_state, hparams)
+    assert_equal({".".join(key): x for key, x in params.items(True, True)}, flat)
+
+
+# A lazy stack is no stack under vmap: torch's own tree_map returns it with another shape (tensordict 0.14).
+def test_an_ensemble_from_modules_is_mapped() -> None:
+    torch.manual_seed(0)
+    networks = [torch.nn.Linear(3, 2) for _ in range(4)]
+    params = tensordict.from_modules(*networks, as_module=False, lazy_stack=False).detach().clone()
+    rates = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    state = vmap(lambda p: adam_init(p, AdamHparams()))(params)
+    new, state = vmap(lambda p, s, lr: adam_update(p, p, s, AdamHparams(lr=lr)))(params, state, rates)
+    for i, network in enumerate(networks):
+        alone = {name: p.detach() for name, p in network.named_parameters()}
+        member = AdamHparams(lr=rates[i])
+        assert_close(
+            {name: new[name][i] for name in alone}, adam_update(alone, alone, adam_init(alone, member), member)[0]
+        )
+    assert state.step.tolist() == [1.0] * 4
+
+
+@every_step
+def test_a_tensordict_is_compiled(per_leaf_step: bool) -> None:
+    torch.compiler.reset()
+    hparams = AdamHparams(lr={"w": 0.1, "in": 0.2})
+    params = TensorDict({"w": leaf(0), "in": {"x": leaf(1)}}, [])
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    compiled = torch.compile(lambda *trees: adam_update(*trees, hparams), fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(params, params, state), adam_update(params, params, state, hparams), strict=True):
+        assert_close([*leaves_of(got)], [*leaves_of(expected)])
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
+@every_maker
+def test_transformations_take_them(make: Callable[..., Any], inplace: bool) -> None:
+    optimizer = transformation.adam(0.1, weight_decay=0.1, per_leaf_step=True)
+    params, hparams = tree_of(make, 0), AdamHparams(lr=0.1, weight_decay=0.1)
+    expected, _ = adam_update(params, tree_of(make, 10), adam_init(params, hparams), hparams)
+    updates, state = optimizer.update(tree_of(make, 10), optimizer.init(params), params, inplace=inplace)
+    new = transformation.apply_updates(params, updates, inplace=inplace)
+    assert_close(leaves_of(new), leaves_of(expected))
+    assert [float(step) for step in leaves_of(state.step)] == [1.0] * 4
+
+
+def fresh_node() -> Any:
+    class Fresh:
+        def __init__(self, *items: Any) -> None:
+            self.items = items
+
+    torch_pytree.register_pytree_node(Fresh, lambda x: ([*x.items], None), lambda items, _: Fresh(*items))
+    return Fresh
+
+
+def test_a_node_that_an_update_meets_first_is_learned_then() -> None:
+    hparams = AdamHparams(lr={"a": 0.1})
+    outer, inner = fresh_node(), fresh_node()
+
+    def make(seed: int) -> Any:
+        return {"a": outer(leaf(seed), [inner(leaf(seed + 1))])}
+
+    moments = [torch_pytree.tree_map(torch.zeros_like, make(0)) for _ in range(2)]
+    new, _ = adam_update(make(0), make(10), AdamState(torch.zeros(()), *moments), hparams)
+    for seed, x in enumerate(leaves_of(new)):
+        assert_equal(x, adam_update(leaf(seed), leaf(10 + seed), adam_init(leaf(0), hparams), AdamHparams(lr=0.1))[0])
+
+
+def test_numbers_of_a_node_that_nobody_met_are_learned() -> None:
+    node = fresh_node()
+    assert AdamHparams(lr=node(0.1, 0.2)).lr.items == (0.1, 0.2)
+    with pytest.raises(TypeError, match=r"^hparams\.lr\[<flat index 1>\] is 'x'"):
+        AdamHparams(lr=node(0.1, "x"))
+
+
+def test_threads_learn_a_node_at_once() -> None:
+    node, found, barrier = fresh_node(), list[Any](), threading.Barrier(4)
+
+    def init() -> None:
+        barrier.wait()
+        found.append(adam_init(node(torch.ones(2)), AdamHparams()))
+
+    threads = [threading.Thread(target=init) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(state.exp_avg.items) for state in found] == [1] * 4
+
+
+def test_nothing_changes_for_others() -> None:
+    before = {*optree.register_pytree_node.get()}
+    params = TensorDict({"w": leaf(0)}, [])
+    adam_init(params, AdamHparams())
+    assert {*optree.register_pytree_node.get()} == before
+    assert optree.tree_leaves(params)[0] is params
