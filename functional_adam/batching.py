@@ -48,10 +48,10 @@ def _stack(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _shared(x: Any, dim: int | None) -> tuple[bool, Any]:
-    """Whether all members are known to have the same scalar, and it."""
+    """Whether all members are known to have the same scalar, and it. Without members there is none to take."""
     if dim is None:
         return True, x
-    if is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and len(set(x.tolist())) == 1)):
+    if x.shape[dim] and is_constant(x) and (x.stride(dim) == 0 or (is_host_value(x) and len(set(x.tolist())) == 1)):
         return True, x.select(dim, 0)
     return False, x
 

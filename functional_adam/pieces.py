@@ -18,7 +18,7 @@ Piece: TypeAlias = list[tuple[int, int, int]]
 
 def flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
     """Each leaf as one row."""
-    return [[x if x is None else x.reshape(-1) for x in column] for column in columns]
+    return [[x if x is None else x.reshape(x.numel()) for x in column] for column in columns]
 
 
 def cut_into_pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[Piece]:

@@ -164,7 +164,7 @@ class _Advance(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any], step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dim = in_dims[0]
-        if step.stride(dim) != 0 or not is_constant(step):
+        if not info.batch_size or step.stride(dim) != 0 or not is_constant(step):
             return advance(step), dim
         one = advance(step.select(dim, 0))
         return one.expand(info.batch_size, *one.shape), 0

@@ -15,7 +15,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -1321,3 +1321,100 @@ def test_states_of_nested_maps_go_on(outer_dim: int) -> None:
             reference, flat = adam_update(reference, reference, flat, hparams)
         assert_close((new, state.exp_avg), (reference, flat.exp_avg))
         assert_equal(state.step, torch.full((2, 3), 3.0))
+
+
+# Empty leaves, and no members.
+
+
+def real_results(p: Tensor, variant: str = "all_flags", kernel: Any = "auto") -> Tensor:
+    """Real elements of a new parameter and moment, whose gradient is the parameter."""
+    hparams = AdamHparams(lr=0.1, weight_decay=0.1, **VARIANTS[variant])
+    new, state = adam_update(p, p, adam_init(p, hparams), hparams, kernel=kernel)
+    return new.real + state.exp_avg.imag if p.is_complex() else new + state.exp_avg
+
+
+JACOBIANS: dict[str, Any] = {
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": hessian,
+    "reverse twice": lambda f: jacrev(jacrev(f)),
+    "forward twice": lambda f: jacfwd(jacfwd(f)),
+}
+two_variants = pytest.mark.parametrize("variant", ["coupled", "all_flags"])
+
+
+@each_kernel
+@two_variants
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("derivative", JACOBIANS.values(), ids=JACOBIANS)
+def test_jacobians_of_empty_leaves_are_empty(
+    kernel: str, variant: str, shape: tuple[int, ...], dtype: torch.dtype, derivative: Any
+) -> None:
+    leaf = torch.zeros(shape, dtype=dtype)
+    got = derivative(lambda p: real_results(p, variant, kernel))(leaf)
+    assert_equal(got, derivative(lambda p: p * p)(leaf))
+
+
+def test_jacobians_beside_empty_leaves_are_those_without_them() -> None:
+    def update(tree: dict[str, Tensor]) -> Any:
+        hparams = AdamHparams(lr=0.1, eps=0.1)
+        return adam_update(tree, tree, adam_init(tree, hparams), hparams)[0]
+
+    full, empty = torch.tensor([1.0, -2.0], dtype=DOUBLE), torch.zeros(0, 3, dtype=DOUBLE)
+    alone = jacrev(update)({"b": full})["b"]["b"]
+    for derivative in (jacrev, jacfwd):
+        beside = derivative(update)({"a": empty, "b": full, "c": empty})
+        assert_close(beside["b"]["b"], alone)
+        shapes = {(out, x): tuple(beside[out][x].shape) for out in "abc" for x in "abc" if out + x != "bb"}
+        sizes: dict[str, tuple[int, ...]] = {"a": (0, 3), "b": (2,), "c": (0, 3)}
+        assert shapes == {(out, x): sizes[out] + sizes[x] for out, x in shapes}
+
+
+MEMBERWISE: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Any]]] = {
+    "update": lambda f: f,
+    "grad": lambda f: grad(lambda p: f(p).sum()),
+    "second order": lambda f: grad(lambda p: (grad(lambda q: f(q).sum())(p) * p).real.sum()),
+    "jvp": lambda f: lambda p: jvp(f, (p,), (p,)),
+    "jvp of grad": lambda f: lambda p: jvp(grad(lambda q: f(q).sum()), (p,), (p,)),
+    "nested map": lambda f: lambda p: vmap(grad(lambda q: f(q).sum()))(torch.stack([p, 2 * p])),
+}
+
+
+@each_kernel
+@two_variants
+@pytest.mark.parametrize("member", MEMBERWISE)
+@pytest.mark.parametrize("shape", [(3,), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_no_members_give_none(
+    kernel: str, variant: str, member: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    function = vmap(MEMBERWISE[member](lambda p: real_results(p, variant, kernel)))
+    members = torch.ones((2, *shape), dtype=dtype)
+    assert_equal(function(members[:0]), optree.tree_map(lambda x: x[:0], function(members)))
+
+
+@each_kernel
+def test_no_members_take_several_steps_with_states_of_their_own(kernel: Any) -> None:
+    hparams = AdamHparams(lr=0.1, amsgrad=True)
+    params = torch.ones(0, 3)
+    made = vmap(lambda p: adam_init(p, hparams))(params)
+    for state in (made, made._replace(step=torch.zeros(0))):
+        for _ in range(2):
+            params, state = vmap(lambda p, s: adam_update(p, p, s, hparams, kernel=kernel))(params, state)
+        assert_equal(optree.tree_leaves((params, state)), [torch.zeros(0, 3), torch.zeros(0), *[torch.zeros(0, 3)] * 3])
+
+
+@each_kernel
+def test_no_members_have_numbers_of_their_own(kernel: Any) -> None:
+    def update(p: Tensor, lr: Tensor, found_inf: Tensor) -> Any:
+        hparams = AdamHparams(lr=lr, betas=(lr, 0.9), weight_decay=lr)
+        return adam_update(p, p, adam_init(p, hparams), hparams, kernel=kernel, found_inf=found_inf, grad_scale=2.0)
+
+    params, numbers = torch.ones(2, 3), torch.full((2,), 0.5)
+    for in_dims in ((0, 0, 0), (None, 0, None), (0, None, 0)):
+        all_given = (params, numbers, numbers)
+        given = [x if dim == 0 else x[0] for x, dim in zip(all_given, in_dims, strict=True)]
+        none = [x[:0] if dim == 0 else x for x, dim in zip(given, in_dims, strict=True)]
+        run = vmap(update, in_dims=in_dims)
+        assert_equal(run(*none), optree.tree_map(lambda x: x[:0], run(*given)))
