@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -38,15 +39,18 @@ def is_surely_safe(tensors: list[Tensor], traits: Traits | None) -> bool:
     """Whether all tensors of an update can be seen, at one look, to be writable and to share no memory."""
     if traits is None or not traits.is_ready or traits.is_inference:
         return False
-    # In order of address, none begins before the one before it ends.
     starts = [*map(Tensor.data_ptr, tensors)]
     if starts == traits.disjoint:
         return True
-    ends = [*map(operator.add, starts, traits.nbytes)]
-    if not all(map(operator.le, sorted(ends), sorted(starts)[1:])):
+    if not _follow_each_other(starts, traits.nbytes):
         return False
     traits.disjoint = starts
     return True
+
+
+def _follow_each_other(starts: list[int], lengths: Iterable[int]) -> bool:
+    """Whether in the order of address no interval begins before the one before it ends."""
+    return all(map(operator.le, sorted(map(operator.add, starts, lengths)), sorted(starts)[1:]))
 
 
 def check_donation(
@@ -131,8 +135,13 @@ def find_overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int
     The second index counts through `written` and then `read`. Tensors without memory of their own (empty ones,
     FakeTensors) overlap nothing.
     """
+    everything = [*written, *read]
+    if {*map(type, everything)} <= {Tensor, torch.nn.Parameter} and all(map(Tensor.is_contiguous, everything)):
+        starts, lengths = map(Tensor.data_ptr, everything), map(attrgetter("nbytes"), everything)
+        if _follow_each_other([*starts], lengths):
+            return None
     spans: list[_Span] = []
-    for index, tensor in enumerate((*written, *read)):
+    for index, tensor in enumerate(everything):
         is_read = index >= len(written)
         local = _local(tensor)
         if local is None:

@@ -1378,25 +1378,33 @@ def test_states_of_nested_maps_go_on(outer_dim: int) -> None:
 # Empty leaves, and no members.
 
 
-def updated_by_itself(p: Tensor, variant: str = "all_flags", kernel: Any = "auto") -> Tensor:
+def real_results(p: Tensor, variant: str = "all_flags", kernel: Any = "auto") -> Tensor:
     """Real elements of a new parameter and moment, whose gradient is the parameter."""
     hparams = AdamHparams(lr=0.1, weight_decay=0.1, **VARIANTS[variant])
     new, state = adam_update(p, p, adam_init(p, hparams), hparams, kernel=kernel)
     return new.real + state.exp_avg.imag if p.is_complex() else new + state.exp_avg
 
 
+JACOBIANS: dict[str, Any] = {
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "hessian": hessian,
+    "reverse twice": lambda f: jacrev(jacrev(f)),
+    "forward twice": lambda f: jacfwd(jacfwd(f)),
+}
+two_variants = pytest.mark.parametrize("variant", ["coupled", "all_flags"])
+
+
 @each_kernel
-@each_variant
-@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@two_variants
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "derivative", [jacrev, jacfwd, hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f))]
-)
+@pytest.mark.parametrize("derivative", JACOBIANS.values(), ids=JACOBIANS)
 def test_jacobians_of_empty_leaves_are_empty(
     kernel: str, variant: str, shape: tuple[int, ...], dtype: torch.dtype, derivative: Any
 ) -> None:
     leaf = torch.zeros(shape, dtype=dtype)
-    got = derivative(lambda p: updated_by_itself(p, variant, kernel))(leaf)
+    got = derivative(lambda p: real_results(p, variant, kernel))(leaf)
     assert_equal(got, derivative(lambda p: p * p)(leaf))
 
 
@@ -1426,14 +1434,14 @@ MEMBERWISE: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], 
 
 
 @each_kernel
-@each_variant
+@two_variants
 @pytest.mark.parametrize("member", MEMBERWISE)
-@pytest.mark.parametrize("shape", [(3,), (2, 2), (0,)])
+@pytest.mark.parametrize("shape", [(3,), (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_no_members_give_none(
     kernel: str, variant: str, member: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    function = vmap(MEMBERWISE[member](lambda p: updated_by_itself(p, variant, kernel)))
+    function = vmap(MEMBERWISE[member](lambda p: real_results(p, variant, kernel)))
     members = torch.ones((2, *shape), dtype=dtype)
     assert_equal(function(members[:0]), optree.tree_map(lambda x: x[:0], function(members)))
 
@@ -1457,10 +1465,8 @@ def test_no_members_have_numbers_of_their_own(kernel: Any) -> None:
 
     params, numbers = torch.ones(2, 3), torch.full((2,), 0.5)
     for in_dims in ((0, 0, 0), (None, 0, None), (0, None, 0)):
-        given = [
-            (params if i == 0 else numbers) if dim == 0 else (params if i == 0 else numbers)[0]
-            for i, dim in enumerate(in_dims)
-        ]
+        all_given = (params, numbers, numbers)
+        given = [x if dim == 0 else x[0] for x, dim in zip(all_given, in_dims, strict=True)]
         none = [x[:0] if dim == 0 else x for x, dim in zip(given, in_dims, strict=True)]
         run = vmap(update, in_dims=in_dims)
         assert_equal(run(*none), optree.tree_map(lambda x: x[:0], run(*given)))
