@@ -42,6 +42,11 @@ def parts_of(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dict
         if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(x, str) for x in names)):  # pyright: ignore[reportUnknownVariableType]
             got = type(names).__name__  # pyright: ignore[reportUnknownArgumentType]
             raise TypeError(f"state_dict['param_groups'][{index}]['param_names'] is of type {got}, expected names.")
+        if names is not None and len(names) != len(ids):  # pyright: ignore[reportUnknownArgumentType]
+            raise ValueError(
+                f"state_dict['param_groups'][{index}] has {len(ids)} 'params', but {len(names)} 'param_names'. "  # pyright: ignore[reportUnknownArgumentType]
+                "Give each parameter its name, or take 'param_names' out of the groups to go by their order."
+            )
     return list(groups), dict(entries)  # pyright: ignore[reportUnknownArgumentType]
 
 

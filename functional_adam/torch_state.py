@@ -168,10 +168,14 @@ def _leaf_of(treespec: PyTreeSpec, params: TensorTree, groups: Sequence[Mapping[
     extra = [label for label in counts if label not in leaf_of]
     twice = [label for label, count in counts.items() if count > 1]
     faults = [f"{text} {listed(x)}" for text, x in (("lack", missing), ("add", extra), ("repeat", twice)) if x]
-    if faults or len({*ids}) != len(labels):
+    if len({*ids}) != len(ids):
+        faults = faults or ["repeat an index"]
+    elif len(ids) != len(labels):
+        faults = faults or ["lack the names of some parameters"]
+    if faults:
         raise ValueError(
             f"The {what} in state_dict['param_groups'] do not match the {len(names)} leaves of params: they "
-            f"{' and '.join(faults) or 'repeat an index'}. Give the parameters of the optimizer"
+            f"{' and '.join(faults)}. Give the parameters of the optimizer"
             + (", or take 'param_names' out of the groups to go by their order." if what == "names" else ".")
         )
     return {key: leaf_of[label] for key, label in zip(ids, labels, strict=True)}

@@ -469,6 +469,29 @@ def test_names_that_do_not_match_are_an_error(params: Any, match: str) -> None:
         from_torch_state_dict(optree.tree_map(leaf, params), state_dict)
 
 
+@pytest.mark.parametrize(
+    ("ids", "names", "error", "match"),
+    [
+        ([[0, 0], [1]], [["a", "b"], ["c"]], ValueError, r"The names .* they repeat an index\."),
+        ([[0, 1], [2]], [["a"], ["b", "c"]], ValueError, r"\[0\] has 2 'params', but 1 'param_names'\. Give each"),
+        ([[0, 1], [2]], [["a", "b"], None], ValueError, r"The names .* they lack 'c'\."),
+        ([[0, 1, 2], [3]], [["a", "b", "c"], None], ValueError, r"they lack the names of some parameters\."),
+        ([[0, 1, 2], [2]], [["a", "b", "c"], None], ValueError, r"they repeat an index\."),
+        ([[0, 1], [2]], [["a", "b"], 3], TypeError, r"\[1\]\['param_names'\] is of type int, expected names"),
+    ],
+)
+def test_names_that_are_not_one_for_each_parameter_are_an_error(
+    ids: Any, names: Any, error: type[Exception], match: str
+) -> None:
+    params = {name: torch.ones(2) for name in "abc"}
+    hparams = AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1})
+    state_dict = to_torch_state_dict(params, adam_init(params, hparams), hparams)
+    for group, group_ids, group_names in zip(state_dict["param_groups"], ids, names, strict=True):
+        group |= {"params": group_ids, "param_names": group_names}
+    with pytest.raises(error, match=match):
+        from_torch_state_dict(params, state_dict)
+
+
 def test_a_state_that_does_not_fit_is_not_written() -> None:
     params, hparams = {"w": leaf(0)}, AdamHparams()
     state = adam_init(params, hparams)
