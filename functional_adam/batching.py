@@ -1,5 +1,6 @@
 """The batching rule of an update: Adam is elementwise, so that members are just more leaves."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -124,7 +125,7 @@ def _run_stacked(spec: Spec, stacked: list[Tensor], scalars: list[Any], is_batch
         x if batched or not isinstance(x, Tensor) else x.item()
         for x, batched in zip(given.numbers, is_batched, strict=False)
     )
-    run_foreach(Batch(new, given.grads, steps, spec.scalars(numbers)))
+    deque(run_foreach(Batch(new, given.grads, steps, spec.scalars(numbers))), maxlen=0)
     return new
 
 

@@ -1,10 +1,12 @@
 """torch's three Adam kernels: in place, on lists of leaves that each of them can take as they are.
 
+Each is a generator that pauses once, when all memory is there that it will need and nothing is written.
+
 The private torch names `_fused_adam_`, `_fused_adamw_` and `_foreach_*` stand only here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from functional_adam.equations import Scalars, corrections, precise, update_leaf
 from functional_adam.hparams import Scalar
+from functional_adam.layouts import strides_like
 from functional_adam.leaves import Buffers
 from functional_adam.tracking import is_intercepted
 
@@ -37,35 +40,100 @@ def missing_operation(kernel: str) -> str | None:
     return None
 
 
-def run_single(batch: Batch) -> None:
+def run_single(batch: Batch) -> Iterator[None]:
     """`torch.optim.Adam(foreach=False)`; the equations where a scalar cannot be read."""
-    h = batch.scalars
-    for row, g, t in zip(batch.buffers.rows(), batch.grads, batch.steps, strict=True):
-        p, m, v, u = row
-        numbers = _numbers(h, t)
-        if numbers is None:
-            for buffer, value in zip(row, update_leaf(row, g, t, h), strict=True):
+    h, rows = batch.scalars, [*batch.buffers.rows()]
+    numbers = [_numbers(h, t) for t in batch.steps]
+    if None in numbers:
+        new = [update_leaf(*given, h) for given in zip(rows, batch.grads, batch.steps, strict=True)]
+        yield
+        for row, values in zip(rows, new, strict=True):
+            for buffer, value in zip(row, values, strict=True):
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
-            continue
-        # Operation for operation: torch's rounding is the contract.
-        lr, b1, b2, eps, weight_decay, step_size, root_correction = numbers
+        return
+    is_coupled = h.weight_decay != 0 and not h.decoupled_weight_decay
+    changed_grads = _Scratch(batch.grads if h.maximize or is_coupled else [])
+    denominators = _Scratch(batch.buffers.exp_avg_sqs)
+    yield
+    # Operation for operation: torch's rounding is the contract.
+    for (p, m, v, u), g, values in zip(rows, batch.grads, numbers, strict=True):
+        lr, b1, b2, eps, weight_decay, step_size, root_correction = cast("tuple[float, ...]", values)
         if h.maximize:
-            g = -g
-        if weight_decay != 0:
-            if h.decoupled_weight_decay:
-                p.mul_(1 - lr * weight_decay)
-            else:
-                g = g.add(p, alpha=_saturated(weight_decay, p.dtype))
+            g = torch.neg(g, out=changed_grads.like(g))
+        if is_coupled:
+            g = torch.add(g, p, alpha=_saturated(weight_decay, p.dtype), out=changed_grads.like(g))
+        elif weight_decay != 0:
+            p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         if u is not None:
             torch.maximum(u, v, out=u)
-        denominator = ((v if u is None else u).sqrt() / root_correction).add_(eps)
+        denominator = torch.sqrt(v if u is None else u, out=denominators.like(v)).div_(root_correction).add_(eps)
         p.addcdiv_(m, denominator, value=_saturated(-step_size, _scalar_dtype(p.dtype)))
 
 
-def run_foreach(batch: Batch) -> None:
+class _Scratch:
+    """Memory for one leaf at a time, enough for the largest of `leaves`, which are of one dtype and device."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.flat = leaves[0].new_empty(max(x.numel() for x in leaves)) if leaves else None
+
+    def like(self, leaf: Tensor) -> Tensor:
+        """`torch.empty_like(leaf)` in this memory."""
+        assert self.flat is not None
+        return self.flat.as_strided(leaf.shape, strides_like(leaf))
+
+
+class _ForeachTerms(NamedTuple):
+    """All that `run_foreach` has memory for before it writes into the buffers."""
+
+    grads: list[Tensor]  # with sign and coupled weight decay
+    decay: Any  # of decoupled weight decay, or None
+    change: list[Tensor]  # of exp_avg, where beta1 is a tensor
+    scaled: list[Tensor]  # the gradients times 1 - beta2, where beta2 is a tensor
+    denominator: list[Tensor]  # not yet filled, like `direction`
+    direction: list[Tensor]  # where the step size is a tensor
+    root_corrections: list[Scalar]
+    step_sizes: list[Scalar]
+
+
+def _foreach_terms(batch: Batch) -> _ForeachTerms:
+    ops: Any = torch
+    h, g = batch.scalars, batch.grads
+    p, m, v, _ = batch.buffers
+    dtype = p[0].dtype
+    decay = None
+    if h.maximize:
+        g = ops._foreach_neg(g)
+    if isinstance(h.weight_decay, Tensor) or h.weight_decay != 0:
+        if h.decoupled_weight_decay:
+            decay = _for_leaves(1 - precise(h.lr) * precise(h.weight_decay), p)
+        elif isinstance(h.weight_decay, Tensor):
+            g = ops._foreach_add(g, ops._foreach_mul(p, _for_leaves(h.weight_decay, p)))
+        else:
+            g = ops._foreach_add(g, p, alpha=_saturated(h.weight_decay, dtype))
+    change: list[Tensor] = []
+    if isinstance(h.beta1, Tensor):
+        change = ops._foreach_sub(g, m)
+        ops._foreach_mul_(change, _for_leaves(1 - precise(h.beta1), p))
+    scaled: list[Tensor] = []
+    if isinstance(h.beta2, Tensor):
+        scaled = ops._foreach_mul(g, _for_leaves(1 - precise(h.beta2), p))
+    step_sizes, root_corrections = _corrections(batch)
+    return _ForeachTerms(
+        g,
+        decay,
+        change,
+        scaled,
+        [*map(torch.empty_like, v)],
+        [*map(torch.empty_like, m)] if isinstance(step_sizes[0], Tensor) else [],
+        [_beside(x, leaf, dtype) for x, leaf in zip(root_corrections, p, strict=True)],
+        [_beside(x, leaf, _scalar_dtype(dtype)) for x, leaf in zip(step_sizes, p, strict=True)],
+    )
+
+
+def run_foreach(batch: Batch) -> Iterator[None]:
     """`torch.optim.Adam(foreach=True)`, operation for operation where the scalars are numbers.
 
     A scalar of shape (members,) belongs to leaves whose first dimension counts members.
@@ -73,57 +141,48 @@ def run_foreach(batch: Batch) -> None:
     ops: Any = torch
     h = batch.scalars
     p, m, v, u = batch.buffers
-    g = batch.grads
-    dtype = p[0].dtype
-    wide = _scalar_dtype(dtype)
-    written: list[Tensor] = []
-
-    def scalar(x: Scalar) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return [_beside(x, leaf, dtype) for leaf in p] if x.dim() else x.to(dtype)
-
-    if h.maximize:
-        g = ops._foreach_neg(g)
-    if isinstance(h.weight_decay, Tensor) or h.weight_decay != 0:
-        if h.decoupled_weight_decay:
-            ops._foreach_mul_(p, scalar(1 - precise(h.lr) * precise(h.weight_decay)))
-        elif isinstance(h.weight_decay, Tensor):
-            g = ops._foreach_add(g, ops._foreach_mul(p, scalar(h.weight_decay)))
-        else:
-            g = ops._foreach_add(g, p, alpha=_saturated(h.weight_decay, dtype))
-    if isinstance(h.beta1, Tensor):
-        change = ops._foreach_sub(g, m)
-        ops._foreach_mul_(change, scalar(1 - precise(h.beta1)))
+    g, decay, change, scaled, denominator, direction, root_corrections, step_sizes = _foreach_terms(batch)
+    beta2 = _for_leaves(h.beta2, p)
+    # With one tensor for all, _foreach_add_ would read its value.
+    eps = [_beside(h.eps, x, x.dtype) for x in p] if isinstance(h.eps, Tensor) else h.eps
+    yield
+    if decay is not None:
+        ops._foreach_mul_(p, decay)
+    if change:
         ops._foreach_add_(m, change)
-        written += change
     else:
         ops._foreach_lerp_(m, g, 1 - h.beta1)
-    ops._foreach_mul_(v, scalar(h.beta2))
-    if isinstance(h.beta2, Tensor):
-        ops._foreach_addcmul_(v, ops._foreach_mul(g, scalar(1 - precise(h.beta2))), g)
+    ops._foreach_mul_(v, beta2)
+    if scaled:
+        ops._foreach_addcmul_(v, scaled, g)
     else:
         ops._foreach_addcmul_(v, g, g, 1 - h.beta2)
     if u:
         ops._foreach_maximum_(u, v)
-    denominator = ops._foreach_sqrt(u or v)
-    written += denominator
-
-    step_sizes, root_corrections = _corrections(batch)
-    ops._foreach_div_(denominator, [_beside(x, leaf, dtype) for x, leaf in zip(root_corrections, p, strict=True)])
-    # With one tensor for all, _foreach_add_ would read its value.
-    ops._foreach_add_(denominator, [_beside(h.eps, x, dtype) for x in p] if isinstance(h.eps, Tensor) else h.eps)
-    if isinstance(step_sizes[0], Tensor):
-        change = ops._foreach_div(m, denominator)
-        ops._foreach_mul_(change, [_beside(x, leaf, wide) for x, leaf in zip(step_sizes, p, strict=True)])
-        ops._foreach_sub_(p, change)
-        written += change
+    ops._foreach_copy_(denominator, u or v)
+    ops._foreach_sqrt_(denominator)
+    ops._foreach_div_(denominator, root_corrections)
+    ops._foreach_add_(denominator, eps)
+    if direction:
+        ops._foreach_copy_(direction, m)
+        ops._foreach_div_(direction, denominator)
+        ops._foreach_mul_(direction, step_sizes)
+        ops._foreach_sub_(p, direction)
     else:
+        wide = _scalar_dtype(p[0].dtype)
         ops._foreach_addcdiv_(p, m, denominator, [_saturated(-cast("float", x), wide) for x in step_sizes])
-    _note_writing(batch, written)
+    _note_writing(batch, [*change, *denominator, *direction])
 
 
-def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> None:
+def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Any:
+    """`x` as an operation on a list of `leaves` takes it: a number, a 0-dim tensor, or a tensor for each leaf."""
+    if not isinstance(x, Tensor):
+        return x
+    dtype = leaves[0].dtype
+    return [_beside(x, leaf, dtype) for leaf in leaves] if x.dim() else x.to(dtype)
+
+
+def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> Iterator[None]:
     """`torch.optim.Adam(fused=True)`: writes unscaled gradients back, and leaves version counters alone."""
     h = batch.scalars
     # It reads `step` but does not advance it, and skips on a found_inf of exactly 1.0.
@@ -131,6 +190,9 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     if isinstance(grad_scale, (int, float)):
         # Filled on the device: a copy from the host's memory would wait for it, and cannot be captured in a CUDA graph.
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=batch.grads[0].device)
+    lr = h.lr.to(torch.float32) if isinstance(h.lr, Tensor) else h.lr
+    found = None if found_inf is None else found_inf.to(torch.float32)
+    yield
     kernel(
         batch.buffers.params,
         batch.grads,
@@ -138,7 +200,7 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         batch.buffers.exp_avg_sqs,
         batch.buffers.max_exp_avg_sqs,
         batch.steps,
-        lr=h.lr.to(torch.float32) if isinstance(h.lr, Tensor) else h.lr,
+        lr=lr,
         beta1=h.beta1,
         beta2=h.beta2,
         weight_decay=h.weight_decay,
@@ -146,7 +208,7 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
         amsgrad=h.amsgrad,
         maximize=h.maximize,
         grad_scale=grad_scale,
-        found_inf=None if found_inf is None else found_inf.to(torch.float32),
+        found_inf=found,
     )
     _note_writing(batch, batch.grads)
 

@@ -1,6 +1,7 @@
 """Which kernel runs, on which leaves together, and on copies of what."""
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -129,7 +130,7 @@ def run_kernel(
     Version counters may stand still.
     """
     has_grad_scale, has_found_inf = grad_scale is not None, found_inf is not None
-    # All copies are there before the first write: running out of memory changes nothing.
+    # All memory is there before the first write: running out of it changes nothing.
     if is_ready and not (has_grad_scale or has_found_inf):
         batches: list[tuple[Batch, _Copies]] = [(Batch(buffers, grads, steps, scalars[0]), [])]
     else:
@@ -145,21 +146,29 @@ def run_kernel(
             )
             for dtype, indices in group_leaves(buffers, scalars)
         ]
-    for batch, copies in batches:
-        device = batch.grads[0].device
-        scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
-        found = None if found_inf is None else found_inf.to(device)
-        batch = batch._replace(scalars=batch.scalars.map(lambda x, device=device: x.to(device)))
-        if kernel == "fused":
-            run_fused(batch, scale, found)
-        else:
-            if scale is not None:
-                for grad in batch.grads:
-                    grad.div_(scale)
-            (run_single if kernel == "single" else run_foreach)(batch)
+    runs = [_start(kernel, batch, grad_scale, found_inf) for batch, _ in batches]
+    for run, (_, copies) in zip(runs, batches, strict=True):
+        deque(run, maxlen=0)  # to its end
         for buffer, copy in copies:
-            new = copy if found is None else torch.where(found, buffer, copy)
-            buffer.copy_(new.to(buffer.dtype) if buffer.is_neg() else new)  # as above
+            if found_inf is not None:
+                torch.where(found_inf.to(copy.device), buffer, copy, out=copy)
+            buffer.copy_(copy.to(buffer.dtype) if buffer.is_neg() else copy)  # as in `_prepare`
+
+
+def _start(kernel: str, batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> Iterator[None]:
+    """A run of the kernel that has all its memory, and has written into none of the buffers."""
+    device = batch.grads[0].device
+    scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
+    batch = batch._replace(scalars=batch.scalars.map(lambda x: x.to(device)))
+    if kernel == "fused":
+        run = run_fused(batch, scale, None if found_inf is None else found_inf.to(device))
+    else:
+        if scale is not None:
+            for grad in batch.grads:
+                grad.div_(scale)
+        run = (run_single if kernel == "single" else run_foreach)(batch)
+    next(run)
+    return run
 
 
 def _prepare(plan: Plan, batch: Batch) -> tuple[Batch, _Copies]:

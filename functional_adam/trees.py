@@ -34,7 +34,8 @@ class TorchEntry(optree.PyTreeEntry):
 def flatten(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:
     """The leaves of `tree`, and its structure. What `is_end` holds for counts as a leaf too."""
     leaves, treespec = flatten_known(tree, is_end)
-    return flatten(tree, is_end) if learn(leaves) else (leaves, treespec)
+    others = leaves if is_end is None else [leaf for leaf in leaves if not is_end(leaf)]
+    return flatten(tree, is_end) if learn(others) else (leaves, treespec)
 
 
 def flatten_known(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:

@@ -26,7 +26,7 @@ IMPORTS = {
     "recycling": {"layouts"},
     "traits": {"leaves", "recycling", "tracking"},
     "donation": {"leaves", "tracking", "traits", "trees"},
-    "kernels": {"equations", "hparams", "leaves", "tracking"},
+    "kernels": {"equations", "hparams", "layouts", "leaves", "tracking"},
     "planning": {"equations", "hparams", "kernels", "layouts", "leaves", "recycling", "tracking"},
     "arguments": {"equations", "hparams", "leaves", "state", "traits", "trees"},
     "compiled_donation": {"arguments", "donation", "leaves"},

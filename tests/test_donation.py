@@ -1,6 +1,8 @@
 """Donation gives the same bits in the same memory, and refuses whatever would make that unsafe."""
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update, donation
 from functional_adam.donation import find_overlap
@@ -800,3 +803,99 @@ def test_a_failed_donation_changes_nothing(kernel: str, break_call: Callable[...
         adam_update(bad_params, bad_grads, bad_state, hparams, donate=True, **{"kernel": kernel, **options})
     assert_unchanged((params, grads, state), before)
     assert_same_bits(adam_update(params, grads, state, hparams, kernel=kernel, donate=True), expected)
+
+
+# Running out of memory.
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Fails in place of operation number `fatal` of those that make a tensor of more than one element."""
+
+    def __init__(self, fatal: int) -> None:
+        super().__init__()
+        self.fatal = fatal
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        makes_tensors = not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
+        if makes_tensors and any(x.numel() > 1 for x in tensors_of(out)):
+            self.fatal -= 1
+            if self.fatal < 0:
+                raise MemoryError("injected")
+        return out
+
+
+def half(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16)
+
+
+SHORT_OF_MEMORY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # hyperparameters, options of the update
+    "coupled": ({"weight_decay": 0.1, "maximize": True, "amsgrad": True}, {}),
+    "decoupled": ({"weight_decay": 0.1, "decoupled_weight_decay": True}, {}),
+    "groups": ({"weight_decay": {"a": 0.1, "b": 0.0, "c": 0.0}, "decoupled_weight_decay": True}, {}),
+    "grad_scale": ({"weight_decay": 0.1}, {"grad_scale": 2.0}),
+    "tensor lr": ({"lr": torch.tensor(0.1)}, {"found_inf": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", SHORT_OF_MEMORY)
+@pytest.mark.parametrize("precision", ["float32", "masters", "wide moments"])
+@pytest.mark.parametrize("per_leaf_step", [False, True])
+def test_a_donated_update_that_runs_out_of_memory_changes_nothing(
+    kernel: Any, case: str, precision: str, per_leaf_step: bool
+) -> None:
+    numbers, options = SHORT_OF_MEMORY[case]
+    hparams = AdamHparams(**numbers)
+    torch.manual_seed(0)
+    params = {"a": torch.randn(3, 5), "b": torch.randn(5, 4).T, "c": torch.randn(7)}
+    grads = {"a": torch.randn(5, 3).T, "b": torch.randn(4, 5), "c": torch.randn(7)}
+    params = params if precision == "float32" else torch_pytree.tree_map(half, params)
+    init: dict[str, Any] = {
+        "float32": {},
+        "masters": {"master_params": True},
+        "wide moments": {"moment_dtype": torch.float32},
+    }[precision]
+    state = adam_init(params, hparams, per_leaf_step=per_leaf_step, **init)
+    expected = adam_update(params, grads, state, hparams, kernel=kernel, **options)
+    before = clone((params, grads, state))
+    failures = 0
+    while True:
+        try:
+            with OutOfMemory(failures):
+                got = adam_update(params, grads, state, hparams, kernel=kernel, donate=True, **options)
+            break
+        except MemoryError:
+            failures += 1
+            assert_same_bits((params, grads, state), before)
+    assert_same_bits(got, expected)
+    # single takes one piece of memory for the roots, and foreach one a leaf; fused needs none for leaves of one layout.
+    assert failures > 0 or kernel in ("auto", "fused")
+
+
+@pytest.mark.parametrize("kernel", ["single", "foreach"])
+def test_a_process_out_of_memory_keeps_what_it_was_to_donate(kernel: str) -> None:
+    code = f"""
+import resource, torch
+from functional_adam import AdamHparams, adam_init, adam_update
+hparams = AdamHparams(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)
+params = {{"w": torch.ones(2**25, dtype=torch.bfloat16)}}
+small, grads = {{"w": torch.ones(4)}}, {{"w": torch.ones(2**25)}}
+adam_update(small, {{"w": torch.ones(4)}}, adam_init(small, hparams), hparams, kernel={kernel!r}, donate=True)
+state = adam_init(params, hparams, master_params=True)
+pages = int(open("/proc/self/statm").read().split()[0])
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**24, hard))
+try:
+    adam_update(params, grads, state, hparams, kernel={kernel!r}, donate=True)
+except (MemoryError, RuntimeError) as error:
+    print(type(error).__name__)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    for tree, value in ((params, 1), (state.master_params, 1), (state.exp_avg, 0), (state.exp_avg_sq, 0)):
+        assert bool((tree["w"] == value).all())
+    params, state = adam_update(params, grads, state, hparams, kernel={kernel!r}, donate=True)
+    print(state.step.item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1:] == ["1.0"], done.stdout

@@ -1,6 +1,6 @@
 """Each kernel gives the numbers of `torch.optim.Adam` with the same flags, to the last bit for real leaves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -255,7 +255,7 @@ class Unread(Tensor):
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scalars_that_stay_tensors_give_the_same_update(
-    run_kernel: Callable[[Batch], None],
+    run_kernel: Callable[[Batch], Iterator[None]],
     unread: str,
     amsgrad: bool,
     maximize: bool,
@@ -279,7 +279,7 @@ def test_scalars_that_stay_tensors_give_the_same_update(
     steps = [torch.tensor(step) for step in (4.0, 6.0)]
     steps = [step.as_subclass(Unread) for step in steps] if unread in ("step", "all") else steps
     batch = Batch(Buffers(*buffers, maxima if amsgrad else []), grads, steps, Scalars(**given, **flags))
-    run_kernel(batch)
+    [*run_kernel(batch)]
     for row, wanted in zip(batch.buffers.rows(), expected, strict=True):
         assert_close(row, wanted[:4])
 
@@ -291,7 +291,7 @@ def test_the_fused_kernel_is_given_a_number_as_scale_in_float32_where_the_leaves
     monkeypatch.setattr(functional_adam.kernels, "_fused_adam_", lambda *_, grad_scale, **__: given.append(grad_scale))
     columns = [[torch.ones(2, device="meta")] for _ in range(4)]
     scalars = Scalars(0.1, 0.9, 0.999, 1e-8, 0.0, amsgrad=False, maximize=False, decoupled_weight_decay=False)
-    run_fused(Batch(Buffers(*columns[:3], []), columns[3], [torch.ones((), device="meta")], scalars), 2.0, None)
+    [*run_fused(Batch(Buffers(*columns[:3], []), columns[3], [torch.ones((), device="meta")], scalars), 2.0, None)]
     assert [(x.device.type, x.dtype, x.shape) for x in given] == [("meta", torch.float32, ())]
 
 
@@ -316,7 +316,7 @@ def test_every_foreach_operation_is_of_one_dtype(decoupled: bool, dtype: torch.d
     scalars = Scalars(*numbers, amsgrad=True, maximize=True, decoupled_weight_decay=decoupled)
     dtypes = ForeachDtypes()
     with dtypes:
-        run_foreach(Batch(Buffers(*columns[:4]), columns[4], [torch.tensor(3.0)], scalars))
+        [*run_foreach(Batch(Buffers(*columns[:4]), columns[4], [torch.tensor(3.0)], scalars))]
     # The step size of a half type stays in float32, where lr / (1 - beta1) cannot become infinite.
     assert dtypes.found == {dtype, torch.promote_types(dtype, torch.float32)}
 
@@ -326,7 +326,7 @@ def test_foreach_with_a_step_size_that_is_not_read_is_finite_above_the_largest_f
     columns = [[torch.full((3,), value, dtype=dtype)] for value in (1.0, 0.0, 0.0)]
     numbers = [torch.tensor(x) for x in (1e4, 0.9, 0.999, 1e4, 0.0)]
     scalars = Scalars(*numbers, amsgrad=False, maximize=False, decoupled_weight_decay=False)
-    run_foreach(Batch(Buffers(*columns, []), [torch.ones(3, dtype=dtype)], [torch.tensor(1.0)], scalars))
+    [*run_foreach(Batch(Buffers(*columns, []), [torch.ones(3, dtype=dtype)], [torch.tensor(1.0)], scalars))]
     one, zero = torch.ones(3), torch.zeros(3)
     assert_close(columns[0][0], numpy_adam(one, one, zero, zero, lr=1e4, eps=1e4).param)
 

@@ -1138,9 +1138,9 @@ def test_small_members_are_computed_on_stacked_leaves(
     calls = []
     run_foreach = functional_adam.batching.run_foreach
 
-    def spied(batch: Any) -> None:
+    def spied(batch: Any) -> Any:
         calls.append([x.shape[0] for x in batch.buffers.params])
-        run_foreach(batch)
+        return run_foreach(batch)
 
     monkeypatch.setattr(functional_adam.batching, "run_foreach", spied)
     (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])

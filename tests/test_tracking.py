@@ -736,7 +736,7 @@ def keep(*names: str) -> Any:
 @pytest.mark.parametrize("is_tracked", [False, True])
 @pytest.mark.parametrize("shape", [(5, 3), (300, 400)], ids=["small", "recycled"])
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("kept", ["clone", "_foreach_clone", "copy_", "empty_like", "_foreach_sqrt", "sqrt", "sin"])
+@pytest.mark.parametrize("kept", ["clone", "_foreach_clone", "copy_", "empty_like", "_foreach_add", "sqrt", "sin"])
 def test_selective_checkpoints_of_an_update_are_right_or_refused(
     kernel: str, is_tracked: bool, shape: tuple[int, int], is_transposed: bool, kept: str
 ) -> None:
