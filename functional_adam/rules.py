@@ -62,7 +62,7 @@ def differentiable_update(
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
         scale = grad_scale.to(grads[0].device)
-        real_grads = [(grad.to(wide) / scale).to(grad.dtype) for grad in real_grads]
+        real_grads = [(grad.to(wide) / scale.expand(grad.shape)).to(grad.dtype) for grad in real_grads]
     flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
     spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
     new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))

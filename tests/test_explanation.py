@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import functional_adam.dispatch
 import functional_adam.explanation
 import functional_adam.kernels
 from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
@@ -25,10 +26,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The kernel of each call, and how many leaves it got."""
     found: list[tuple[str, int]] = []
 
-    def spy(name: str, run: Callable[..., None]) -> Callable[..., None]:
-        def spied(batch: Any, *args: Any) -> None:
+    def spy(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def spied(batch: Any, *args: Any) -> Any:
             found.append((name, len(batch.grads)))
-            run(batch, *args)
+            return run(batch, *args)
 
         return spied
 
@@ -271,7 +272,9 @@ def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
     assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
 
 
-def test_a_traced_donation_is_copied_into_the_memory_given() -> None:
+def test_a_traced_donation_is_copied_into_the_memory_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As under torch.compile, which does not trace `explain` itself.
+    monkeypatch.setattr(functional_adam.dispatch, "is_compiled_here", lambda: True)
     found: list[Any] = []
 
     def step(param: Tensor, gradient: Tensor) -> Tensor:

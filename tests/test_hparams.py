@@ -489,7 +489,7 @@ def test_a_state_prints_alike_within_other_containers() -> None:
 
 def test_each_step_and_master_is_printed() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.bfloat16)}
-    moments = "{'a': f32[2], 'b': bf16[2]}"
+    moments = "{'a': f32[2], 'b': f32[2]}"
     assert printed(params, per_leaf_step=True, master_params=True) == (
         f"AdamState(step={{'a': f32[], 'b': f32[]}}, exp_avg={moments}, exp_avg_sq={moments}, max_exp_avg_sq=(), "
         "master_params={'a': (), 'b': f32[2]})"
