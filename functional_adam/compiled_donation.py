@@ -13,15 +13,13 @@ from functional_adam.leaves import local_shard
 
 def checked_steps(given: Arguments) -> list[Tensor]:
     """The steps of a donated update that is traced, as values that the graph has only where no memory overlaps."""
-    if not given.steps:
-        return given.steps
     grads = [grad for grad in given.grads if grad is not None]
     written, read = [*given.buffers.flat, *given.steps, *given.narrow.values()], [*grads, *given.others]
     owners = owners_of(given.buffers, given.steps, given.grads, given.others, given.narrow)
     names = "\n".join(name_of(owner, given.treespec) for owner in owners)
     check: Any = torch.ops.functional_adam.checked_step
-    first: Tensor = check(given.steps[0], [*map(local_shard, written)], [*map(local_shard, read)], names)
-    return [first, *given.steps[1:]]
+    shards = [*map(local_shard, written)], [*map(local_shard, read)]
+    return [*(check(step, *shards, names) for step in given.steps[:1]), *given.steps[1:]]
 
 
 def _checked_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> Tensor:

@@ -66,7 +66,7 @@ def differentiable_update(
     flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
     spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
     new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
-    if not is_transformed():
+    if new.params[0].grad_fn is not None and not is_transformed():
         _count_updates(new.params[0].grad_fn, ready)
     if is_real:
         return new
@@ -81,8 +81,6 @@ def advance(step: Tensor) -> Tensor:
 
 def _count_updates(node: Any, given: Buffers) -> None:
     """Let the `node` of an update know how many updates in a row it ends, and warn when they are many."""
-    if node is None:
-        return
     node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
     if node.update_count == _MANY:
         level = 1  # of the caller outside of this package
@@ -104,14 +102,11 @@ def _module_of_caller(level: int) -> str:
 
 def _updates_behind(x: Tensor) -> int:
     """The count of the update that `x` comes from, perhaps cast, chosen by found_inf, or changed a little."""
-    nodes: list[Any] = [x.grad_fn]
-    for node in nodes:  # which grows
-        if node is not None:
-            if hasattr(node, "update_count"):
-                return node.update_count
-            if len(nodes) < 8:
-                nodes += [parent for parent, _ in node.next_functions]
-    return 0
+    count, nodes = 0, [x.grad_fn]
+    for _ in range(4):
+        count = max(count, *(getattr(node, "update_count", 0) for node in nodes), 0)
+        nodes = [parent for node in nodes if node and not count for parent, _ in node.next_functions][:8]
+    return count
 
 
 class _Update(torch.autograd.Function):
