@@ -263,6 +263,77 @@ def test_given_parameters_count_only_through_their_masters(kernel: str, donate: 
     assert_equal(adam_update(other, grads, state, hparams, kernel=kernel, donate=donate), expected)
 
 
+# Bits in half types.
+
+ALL_HALVES = (*HALVES, torch.complex32)
+FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+DECAYS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "coupled": {"weight_decay": 0.3},
+    "coupled_amsgrad_maximize": {"weight_decay": 0.3, "amsgrad": True, "maximize": True},
+    "decoupled": {"weight_decay": 0.3, "decoupled_weight_decay": True},
+}
+
+
+def lying(x: Tensor, layout: str) -> Tensor:
+    """The values of the matrix `x` in fresh memory of a layout."""
+    if layout == "transposed":
+        return x.T.clone(memory_format=torch.contiguous_format).T
+    return torch.stack([x, x], dim=-1)[..., 0] if layout == "gaps" else x.clone()
+
+
+def two_steps(
+    dtype: torch.dtype, decay: str, kernel: Any, of_param: str = "plain", of_rest: str = "plain", **how: Any
+) -> Any:
+    hparams = AdamHparams(lr=0.25, betas=(0.85, how.pop("beta2", 0.93)), eps=1e-3, **DECAYS[decay])
+    params = lying(random_tensor((50, 67), dtype, 0), of_param)
+    state = adam_init(params, hparams)
+    state = state._replace(exp_avg=lying(state.exp_avg, of_rest), exp_avg_sq=lying(state.exp_avg_sq, of_rest))
+    for seed in (1, 2):
+        grads = lying(random_tensor((50, 67), dtype, seed), of_rest)
+        params, state = adam_update(params, grads, state, hparams, kernel=kernel, **how)
+    return params, state
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    # torch compares no complex32, and wider numbers hold what it holds.
+    wide = [[x.to(torch.promote_types(x.dtype, torch.float64)) for x in optree.tree_leaves(tree)] for tree in (a, b)]
+    return all(map(torch.equal, *wide))
+
+
+@pytest.mark.parametrize("dtype", [*FULL, *ALL_HALVES], ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("beta2", [0.93, 0.75])
+def test_foreach_has_the_bits_of_single_where_its_factors_are_numbers_of_the_dtype(
+    dtype: torch.dtype, decay: str, beta2: float
+):
+    for layout in ("plain", "transposed", "gaps"):
+        single, foreach = (two_steps(dtype, decay, k, layout, layout, beta2=beta2) for k in ("single", "foreach"))
+        # 1 - lr * weight_decay is 0.925.
+        assert same_bits(single, foreach) == (dtype in FULL or (beta2 == 0.75 and decay != "decoupled"))
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [*FULL, *ALL_HALVES], ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("of_param", ["plain", "transposed", "gaps"])
+@pytest.mark.parametrize("of_rest", ["plain", "transposed"])
+def test_a_donated_update_has_the_bits_of_a_pure_one_but_for_half_parameters_with_gaps(
+    kernel: str, dtype: torch.dtype, decay: str, of_param: str, of_rest: str
+):
+    pure, donated = (two_steps(dtype, decay, kernel, of_param, of_rest, donate=x) for x in (False, True))
+    if dtype in ALL_HALVES and kernel != "fused" and decay.startswith("coupled") and of_param == "gaps":
+        assert same_bits(pure, donated) == (not sum_depends_on_gaps(dtype.to_real(), of_rest))
+    else:
+        assert same_bits(pure, donated)
+
+
+def sum_depends_on_gaps(dtype: torch.dtype, of_grad: str) -> bool:
+    """Whether torch rounds `grad + 0.3 * param` differently where the parameter has gaps."""
+    param, grad = random_tensor((50, 67), dtype, 0), lying(random_tensor((50, 67), dtype, 1), of_grad)
+    return not torch.equal(grad.add(param, alpha=0.3), grad.add(lying(param, "gaps"), alpha=0.3))
+
+
 # What stands still.
 
 
