@@ -11,8 +11,8 @@ from functional_adam.param_groups import Defaults, check_apart, check_pairs, gro
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 
 
-def _flag(name: str) -> property:
-    """The flag of the first group; setting it sets those of all groups, for the next step."""
+def _flag(name: str) -> Any:
+    """A property: the flag of the first group. Setting it sets that of all groups."""
 
     def get(optimizer: "_FunctionalAdam") -> bool:
         return optimizer.param_group[name]
@@ -65,10 +65,10 @@ class _FunctionalAdam(torch.optim.Optimizer):
     """
 
     _is_decoupled = False
-    amsgrad = _flag("amsgrad")
-    maximize = _flag("maximize")
-    foreach = _flag("foreach")
-    fused = _flag("fused")
+    amsgrad: bool = _flag("amsgrad")
+    maximize: bool = _flag("maximize")
+    foreach: bool = _flag("foreach")
+    fused: bool = _flag("fused")
 
     def __init__(
         self,

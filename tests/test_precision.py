@@ -308,8 +308,9 @@ def two_steps(
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    real_a, real_b = ([torch.view_as_real(x) if x.is_complex() else x for x in optree.tree_leaves(t)] for t in (a, b))
-    return all(map(torch.equal, real_a, real_b))
+    # torch compares no complex32, and wider numbers hold what it holds.
+    wide = [[x.to(torch.promote_types(x.dtype, torch.float64)) for x in optree.tree_leaves(tree)] for tree in (a, b)]
+    return all(map(torch.equal, *wide))
 
 
 @pytest.mark.parametrize("dtype", [*FULL, *ALL_HALVES], ids=str)
@@ -333,9 +334,16 @@ def test_a_donated_update_has_the_bits_of_a_pure_one_but_for_half_parameters_wit
     kernel: str, dtype: torch.dtype, decay: str, of_param: str, of_rest: str
 ):
     pure, donated = (two_steps(dtype, decay, kernel, of_param, of_rest, donate=x) for x in (False, True))
-    differ = dtype in ALL_HALVES and kernel != "fused" and decay.startswith("coupled") and of_param == "gaps"
-    # Where vectors of elements cannot be taken from the gradient either, all is rounded alike.
-    assert same_bits(pure, donated) == (not differ or of_rest == "transposed")
+    if dtype in ALL_HALVES and kernel != "fused" and decay.startswith("coupled") and of_param == "gaps":
+        assert same_bits(pure, donated) == (not sum_depends_on_gaps(dtype.to_real(), of_rest))
+    else:
+        assert same_bits(pure, donated)
+
+
+def sum_depends_on_gaps(dtype: torch.dtype, of_grad: str) -> bool:
+    """Whether torch rounds `grad + 0.3 * param` differently where the parameter has gaps."""
+    param, grad = random_tensor((50, 67), dtype, 0), lying(random_tensor((50, 67), dtype, 1), of_grad)
+    return not torch.equal(grad.add(param, alpha=0.3), grad.add(lying(param, "gaps"), alpha=0.3))
 
 
 # What stands still.

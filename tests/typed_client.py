@@ -114,7 +114,10 @@ def stateful() -> None:
     optimizer = _FunctionalAdamW([weight], lr=torch.tensor(0.1), betas=(0.8, 0.9), weight_decay=0.1, fused=True)
     optimizer.step([torch.ones(2)])
     optimizer.step(gradients=(None,))
+    optimizer.step(lambda: 0.0)
     optimizer.step_param(weight, None)
+    optimizer.amsgrad = optimizer.maximize
+    assert_type(optimizer.fused, bool)
     assert_type(optimizer.param_group, dict[str, Any])
     assert_type(optimizer.state_dict(), dict[str, Any])
     torch.optim.lr_scheduler.StepLR(optimizer, 1).step()
@@ -160,6 +163,7 @@ def mistakes(params: Linear, state: AdamState, optimizer: _FunctionalAdam) -> No
     state_from_dict(["step"], params, HPARAMS)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     transformation.adam(lr="fast")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     transformation.adam(kernel="cuda")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    optimizer.foreach = "yes"  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step(torch.ones(2))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     optimizer.step_param(params.weight)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     step_in_backward(torch.optim.Adam([params.weight]))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
