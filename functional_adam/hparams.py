@@ -15,7 +15,7 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
 from functional_adam.layouts import foreign_layout
-from functional_adam.tracking import is_readable, is_tracing
+from functional_adam.tracking import class_fault, is_readable, is_tracing
 
 Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any
@@ -119,7 +119,7 @@ def number_fault(tensor: Tensor) -> str | None:
         return f"has the layout {layout}. Expected a number or a dense tensor."
     if tensor.dtype not in _NUMBER_DTYPES:
         return f"is a tensor of {tensor.dtype}. Expected a real tensor: convert it first."
-    return None
+    return class_fault(tensor)
 
 
 def to_float(value: Real, where: str) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functional_adam.equations import Row
 from functional_adam.layouts import foreign_layout
+from functional_adam.tracking import class_fault
 from functional_adam.trees import path_of
 
 DTYPES = frozenset(
@@ -160,7 +161,7 @@ def tensor_fault(tensor: Any) -> str | None:
         return f"has the layout {layout}. Expected a dense tensor: convert it with .to_dense() or take it out."
     if tensor.dtype not in DTYPES:
         return f"is of {tensor.dtype}. Expected a floating or complex dtype: convert it or take it out."
-    return None
+    return class_fault(tensor)
 
 
 def _misfit(tensor: Any, param: Tensor, *, is_grad: bool) -> tuple[type[Exception] | None, str]:

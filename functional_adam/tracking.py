@@ -17,6 +17,10 @@ _functorch: Any = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
 _FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
+_FunctionalTensor: Any = getattr(
+    getattr(getattr(torch, "_subclasses", None), "functional_tensor", None), "FunctionalTensor", ()
+)
+_no_dispatch: Any = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (torch gives it no type)
 # Without these: everything is wrapped and nothing can be unwrapped, and forward mode may be nested wherever it may be.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
@@ -72,6 +76,28 @@ def is_batched_by_engine(tensor: Tensor) -> bool:
 def is_fake(tensor: Tensor) -> bool:
     """Whether `tensor` is a FakeTensor, which has no memory."""
     return isinstance(tensor, _FakeTensor)
+
+
+def class_fault(tensor: Tensor) -> str | None:
+    """Why no kernel may meet a tensor of this class, or None.
+
+    A class with a `__torch_dispatch__` may run an operation once for each of the tensors that it holds. A kernel would
+    then update the plain tensors among its arguments as many times. Of the classes let through it is known otherwise.
+    """
+    if is_tracing():  # into operations that write to none of their arguments
+        return None
+    kind: Any = type(tensor)
+    if (
+        kind.__torch_dispatch__ is _no_dispatch
+        or isinstance(tensor, (_FakeTensor, _FunctionalTensor))
+        or hasattr(kind, "device_mesh")  # a DTensor
+        or hasattr(kind, "trigger_wait")  # the result of a collective, which may still be under way
+    ):
+        return None
+    return (
+        f"is of type {kind.__name__}, whose __torch_dispatch__ may update a plain tensor several times. "
+        "Expected a plain tensor or a DTensor: unwrap it."
+    )
 
 
 def forward_levels() -> int:

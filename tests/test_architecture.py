@@ -20,7 +20,7 @@ IMPORTS = {
     "equations": {"hparams", "layouts"},
     "scalars": {"equations", "hparams"},
     "derivatives": {"equations", "hparams", "scalars"},
-    "leaves": {"equations", "layouts", "trees"},
+    "leaves": {"equations", "layouts", "tracking", "trees"},
     "state": {"hparams", "leaves", "trees"},
     "recycling": {"layouts"},
     "traits": {"leaves", "recycling", "tracking"},

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch._functorch.aot_autograd import aot_function
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 
@@ -170,6 +173,8 @@ def donated_state(call: Call) -> Call:
 
 NESTED = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
 JAGGED = torch.nested.as_nested_tensor([torch.ones(4)] * 3, layout=torch.jagged)
+TWO_NUMBERS = TwoTensor(torch.tensor(0.5), torch.tensor(0.5))
+OF_TWO_TENSORS = ("is of type TwoTensor", "__torch_dispatch__", "Expected a plain tensor or a DTensor", "unwrap it")
 
 FAULTS: dict[str, Fault] = {
     # Structure.
@@ -344,6 +349,23 @@ FAULTS: dict[str, Fault] = {
         ("params['layer'][0]", "nested", "Expected a dense tensor", "take it out"),
         first_param(lambda _: NESTED),
     ),
+    "grad of two tensors": Fault(
+        TypeError, ("grads['layer'][0]", *OF_TWO_TENSORS), first_grad(lambda x: TwoTensor(x, x.clone()))
+    ),
+    "param of two tensors": Fault(
+        TypeError, ("params['layer'][0]", *OF_TWO_TENSORS), first_param(lambda x: TwoTensor(x, x.clone()))
+    ),
+    "moment of two tensors": Fault(
+        TypeError,
+        ("state.exp_avg_sq['layer'][0]", *OF_TWO_TENSORS),
+        moment("exp_avg_sq", lambda x: TwoTensor(x, x.clone())),
+    ),
+    "step of two tensors": Fault(
+        TypeError, ("state.step", *OF_TWO_TENSORS), step(lambda x: TwoTensor(x.clone(), x.clone()))
+    ),
+    "lr of two tensors": Fault(TypeError, ("hparams.lr", *OF_TWO_TENSORS), rebuilt("lr", TWO_NUMBERS)),
+    "grad_scale of two tensors": Fault(TypeError, ("grad_scale", *OF_TWO_TENSORS), options(grad_scale=TWO_NUMBERS)),
+    "found_inf of two tensors": Fault(TypeError, ("found_inf", *OF_TWO_TENSORS), options(found_inf=TWO_NUMBERS)),
     "complex grad of a real param": Fault(
         TypeError,
         ("grads['layer'][0]", "torch.complex64", "params['layer'][0] is of torch.float32", "must match"),
@@ -625,6 +647,52 @@ def test_amsgrad_moments_are_checked_like_the_others(kernel: str, donate: bool) 
     assert_unchanged(call, before)
 
 
+# Subclasses of tensors that are not refused.
+
+
+class Subclass(Tensor):
+    """A tensor with Python behaviour of its own."""
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "break_call",
+    [
+        first_grad(lambda x: x.as_subclass(Subclass)),
+        first_param(lambda x: x.as_subclass(Subclass)),
+        first_grad(AsyncCollectiveTensor),
+    ],
+    ids=["grad", "param", "grad of a collective"],
+)
+def test_subclasses_that_run_an_operation_once_are_updated(kernel: str, break_call: Callable[[Call], Call]) -> None:
+    expected, got = good_call().run(kernel=kernel), break_call(good_call()).run(kernel=kernel)
+    for x, y in zip(tensors_of(got), tensors_of(expected), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_tracer_takes_subclasses_apart() -> None:
+    param, grad = torch.zeros(3), torch.ones(3)
+    state, update = adam_init(param, HPARAMS), torch.compile(adam_update, backend="eager")
+    expected, _ = adam_update(param, grad, state, HPARAMS)
+    new, _ = update(param, TwoTensor(grad, grad.clone()), state, HPARAMS)
+    for part in (new.a, new.b):
+        torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize("kernel", ["single", "foreach"])
+def test_updates_are_traced_ahead_of_time(kernel: str) -> None:
+    param, grad = torch.zeros(3), torch.ones(3)
+    state = adam_init(param, HPARAMS)
+
+    def flat(param: Tensor, grad: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        new, new_state = adam_update(param, grad, AdamState(*state), HPARAMS, kernel=kernel)
+        return new, *new_state[:3]
+
+    traced = aot_function(flat, fw_compiler=lambda graph, _: graph)
+    for x, y in zip(traced(param, grad, *state[:3]), flat(param, grad, *state[:3]), strict=True):
+        assert torch.equal(x, y)
+
+
 # adam_init.
 
 
@@ -636,6 +704,7 @@ def test_amsgrad_moments_are_checked_like_the_others(kernel: str, donate: bool) 
         (torch.ones(2, dtype=torch.bool), ("torch.bool", "floating or complex", "convert it")),
         (torch.eye(2).to_sparse(), ("torch.sparse_coo", "dense", "to_dense()")),
         (NESTED, ("nested", "dense", "take it out")),
+        (TwoTensor(torch.ones(2), torch.ones(2)), OF_TWO_TENSORS),
         (1.0, ("type float", "Expected a tensor")),
         ("w", ("type str", "Expected a tensor")),
     ],
