@@ -53,36 +53,31 @@ def run_single(batch: Batch) -> Iterator[None]:
                     buffer.copy_(value)
         return
     is_coupled = h.weight_decay != 0 and not h.decoupled_weight_decay
-    changed_grads = _Scratch(batch.grads if h.maximize or is_coupled else [])
-    denominators = _Scratch(batch.buffers.exp_avg_sqs)
+    changed_grads: list[Any] = _scratch(batch.grads) if h.maximize or is_coupled else [None] * len(rows)
+    denominators = _scratch(batch.buffers.exp_avg_sqs)
     yield
     # Operation for operation: torch's rounding is the contract.
-    for (p, m, v, u), g, values in zip(rows, batch.grads, numbers, strict=True):
+    everything = zip(rows, batch.grads, changed_grads, denominators, numbers, strict=True)
+    for (p, m, v, u), g, changed_grad, denominator, values in everything:
         lr, b1, b2, eps, weight_decay, step_size, root_correction = cast("tuple[float, ...]", values)
         if h.maximize:
-            g = torch.neg(g, out=changed_grads.like(g))
+            g = torch.neg(g, out=changed_grad)
         if is_coupled:
-            g = torch.add(g, p, alpha=_saturated(weight_decay, p.dtype), out=changed_grads.like(g))
+            g = torch.add(g, p, alpha=_saturated(weight_decay, p.dtype), out=changed_grad)
         elif weight_decay != 0:
             p.mul_(1 - lr * weight_decay)
         m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         if u is not None:
             torch.maximum(u, v, out=u)
-        denominator = torch.sqrt(v if u is None else u, out=denominators.like(v)).div_(root_correction).add_(eps)
+        torch.sqrt(v if u is None else u, out=denominator).div_(root_correction).add_(eps)
         p.addcdiv_(m, denominator, value=_saturated(-step_size, _scalar_dtype(p.dtype)))
 
 
-class _Scratch:
-    """Memory for one leaf at a time, enough for the largest of `leaves`, which are of one dtype and device."""
-
-    def __init__(self, leaves: list[Tensor]) -> None:
-        self.flat = leaves[0].new_empty(max(x.numel() for x in leaves)) if leaves else None
-
-    def like(self, leaf: Tensor) -> Tensor:
-        """`torch.empty_like(leaf)` in this memory."""
-        assert self.flat is not None
-        return self.flat.as_strided(leaf.shape, strides_like(leaf))
+def _scratch(leaves: list[Tensor]) -> list[Tensor]:
+    """`torch.empty_like` of each of `leaves`, which share dtype and device, on one memory: for one leaf at a time."""
+    flat = leaves[0].new_empty(max(x.numel() for x in leaves))
+    return [flat.as_strided(x.shape, strides_like(x)) for x in leaves]
 
 
 class _ForeachTerms(NamedTuple):
