@@ -4,7 +4,6 @@ Nodes that torch's pytree knows and optree does not, such as a TensorDict, are r
 first met, in a namespace of this package's own, so that nothing changes for others.
 """
 
-import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -19,7 +18,6 @@ NAMESPACE = "functional_adam"
 
 _torch_nodes: dict[Any, Any] = getattr(torch_pytree, "SUPPORTED_NODES", {})
 _learned: set[Any] = set()
-_lock = threading.Lock()
 _DICTS = (dict, OrderedDict, defaultdict)
 
 
@@ -50,10 +48,15 @@ def learn(leaves: Iterable[Any]) -> bool:
 
 def _learn(kinds: set[Any]) -> bool:
     nodes = {kind for kind in kinds & _torch_nodes.keys() if not issubclass(kind, Tensor)}
-    with _lock:
-        for node in nodes - _learned:
+    # Without a lock, which would stay held where a signal handler or a finalizer updates in the middle.
+    for node in nodes - _learned:
+        try:
             _register(node)
-            _learned.add(node)
+        except ValueError as error:
+            # By another thread, or by a call that was interrupted.
+            if "already registered" not in str(error):
+                raise
+        _learned.add(node)
     return bool(nodes)
 
 

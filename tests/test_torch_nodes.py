@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +26,14 @@ from functional_adam import (
     state_to_dict,
     to_torch_state_dict,
     transformation,
+    trees,
 )
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
 from tests.tensordicts import replace, tensordict
 from tests.tolerances import assert_close, assert_equal
 
+TIMEOUT = 60.0  # seconds, where a fault would wait for ever
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "amsgrad": True}
 LazyStackedTensorDict, TensorDict = tensordict.LazyStackedTensorDict, tensordict.TensorDict
 
@@ -342,6 +345,70 @@ def test_threads_learn_a_node_at_once() -> None:
     for thread in threads:
         thread.join()
     assert [len(state.exp_avg.items) for state in found] == [1] * 4
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def init_a_nested_node() -> None:
+    adam_init(fresh_node()(torch.ones(2)), AdamHparams())
+
+
+class Interruption:
+    """A trace function that calls `action` before bytecode number `place` of what learns nodes."""
+
+    def __init__(self, place: int, action: Callable[[], None]) -> None:
+        self.left, self.action, self.is_over = place, action, False
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if self.is_over or code.co_filename != trees.__file__ or not code.co_name.endswith(("learn", "_register")):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left < 0:
+                self.is_over = True
+                self.action()
+        return self
+
+
+@pytest.mark.parametrize("action", [interrupt, init_a_nested_node])
+def test_nodes_are_learned_whatever_comes_between(action: Callable[[], None]) -> None:
+    counts: list[int] = []
+
+    def try_each_place() -> None:
+        is_over = True
+        while is_over:
+            node, interruption = fresh_node(), Interruption(len(counts), action)
+            trace = sys.gettrace()
+            try:
+                sys.settrace(interruption)
+                adam_init(node(torch.ones(2)), AdamHparams())
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(trace)
+            counts.append(len(adam_init(node(torch.ones(2)), AdamHparams()).exp_avg.items))
+            is_over = interruption.is_over
+
+    thread = threading.Thread(target=try_each_place, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+    assert len(counts) > 30
+    assert counts == [1] * len(counts)
+
+
+def test_a_node_that_optree_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("no such node")
+
+    params = fresh_node()(torch.ones(2))
+    monkeypatch.setattr(optree, "register_pytree_node", refuse)
+    with pytest.raises(ValueError, match="no such node"):
+        adam_init(params, AdamHparams())
 
 
 def test_nothing_changes_for_others() -> None:
