@@ -401,6 +401,14 @@ def test_nodes_are_learned_whatever_comes_between(action: Callable[[], None]) ->
     assert counts == [1] * len(counts)
 
 
+def test_a_node_that_another_call_has_registered_meanwhile_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = fresh_node()(torch.ones(2))
+    adam_init(params, AdamHparams())
+    monkeypatch.setattr(trees, "_learned", set())
+    assert trees.learn([params])
+    assert trees._learned == {type(params)}
+
+
 def test_a_node_that_optree_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("no such node")
