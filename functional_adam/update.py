@@ -51,8 +51,8 @@ def adam_update(
     Args:
         params: pytree of floating or complex tensors of any shape and layout, in units U.
         grads: like params, in L/U. A leaf of another dtype is cast to the wider of the parameter's and the moments'.
-            A leaf may be None if it has a step of its own; it then stands still. At the root of this and any other tree
-            a tuple may stand for a list, as `torch.autograd.grad` returns one, and a list for a tuple.
+            A leaf may be None if it has a step of its own; the leaf is then skipped. At the root of this and any other
+            tree a tuple may stand for a list, as `torch.autograd.grad` returns one, and a list for a tuple.
         state: from `adam_init` or the previous update.
         hparams: the hyperparameters.
         kernel: "single", "foreach" or "fused": which of torch's kernels computes; "auto" is the fastest that can.

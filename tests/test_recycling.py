@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update, recycling
 from functional_adam.recycling import cached_bytes, empty_cache, set_cache_limit
+from tests.interruptions import Interruption, interrupt
 from tests.strategies import PROPERTY
 
 COUNT = 2**15 + 16  # of float32: a little more than what is recycled
@@ -587,10 +589,6 @@ def is_right(large: list[Tensor]) -> bool:
     return are_apart and is_counted and is_recycled and cached_bytes() == 0
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 @ignore_fork_warning
 @pytest.mark.parametrize(
     "handle",
@@ -601,22 +599,8 @@ def test_signal_handlers_may_raise_and_use_the_cache_at_any_moment(handle: Calla
     run_in_fork(lambda: survives_signals(handle), time_limit=6 * TIMEOUT)
 
 
-class Interruption:
-    """A trace function that raises before one of the bytecodes of the cache, or calls what it is given."""
-
-    def __init__(self, place: int, action: Callable[[], None]) -> None:
-        self.left, self.action, self.is_over = place, action, False
-
-    def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename != recycling.__file__ or self.is_over:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.left -= 1
-            if self.left < 0:
-                self.is_over = True
-                self.action()
-        return self
+def is_of_the_cache(code: CodeType) -> bool:
+    return code.co_filename == recycling.__file__
 
 
 def survives_before_any_bytecode(action: str) -> bool:
@@ -632,7 +616,7 @@ def survives_before_any_bytecode(action: str) -> bool:
             "drop": others.clear,
             "update": lambda: recycling.copies(large),
         }
-        interruption = Interruption(place, actions[action])
+        interruption = Interruption(place, actions[action], is_of_the_cache)
         try:
             sys.settrace(interruption)
             held = recycling.copies(large)

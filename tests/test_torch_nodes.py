@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import optree
@@ -28,6 +29,7 @@ from functional_adam import (
     transformation,
     trees,
 )
+from tests.interruptions import Interruption, interrupt
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
 from tests.tensordicts import replace, tensordict
@@ -347,31 +349,12 @@ def test_threads_learn_a_node_at_once() -> None:
     assert [len(state.exp_avg.items) for state in found] == [1] * 4
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def init_a_nested_node() -> None:
     adam_init(fresh_node()(torch.ones(2)), AdamHparams())
 
 
-class Interruption:
-    """A trace function that calls `action` before bytecode number `place` of what learns nodes."""
-
-    def __init__(self, place: int, action: Callable[[], None]) -> None:
-        self.left, self.action, self.is_over = place, action, False
-
-    def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        code = frame.f_code
-        if self.is_over or code.co_filename != trees.__file__ or not code.co_name.endswith(("learn", "_register")):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.left -= 1
-            if self.left < 0:
-                self.is_over = True
-                self.action()
-        return self
+def is_learning(code: CodeType) -> bool:
+    return code.co_filename == trees.__file__ and code.co_name.endswith(("learn", "_register"))
 
 
 @pytest.mark.parametrize("action", [interrupt, init_a_nested_node])
@@ -381,7 +364,7 @@ def test_nodes_are_learned_whatever_comes_between(action: Callable[[], None]) ->
     def try_each_place() -> None:
         is_over = True
         while is_over:
-            node, interruption = fresh_node(), Interruption(len(counts), action)
+            node, interruption = fresh_node(), Interruption(len(counts), action, is_learning)
             trace = sys.gettrace()
             try:
                 sys.settrace(interruption)
