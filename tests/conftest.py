@@ -1,6 +1,7 @@
 """One thread a process, and what a machine without a GPU skips."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that another test has compiled is used, nor kept."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
