@@ -3,15 +3,15 @@
 import importlib
 from types import ModuleType
 
-from functional_adam import transformation
-from functional_adam.adapter import _FunctionalAdam, _FunctionalAdamW
-from functional_adam.checkpoint import state_from_dict, state_to_dict
-from functional_adam.explanation import explain
-from functional_adam.hparams import AdamHparams
-from functional_adam.rules import GrowingGraphWarning
-from functional_adam.state import AdamState, adam_init
-from functional_adam.torch_state import from_torch_state_dict, to_torch_state_dict
-from functional_adam.update import adam_update
+from functional_adam import recycling, transformation
+from functional_adam.adam.hparams import AdamHparams
+from functional_adam.adam.state import AdamState, adam_init
+from functional_adam.autodiff.function import GrowingGraphWarning
+from functional_adam.call.explanation import explain
+from functional_adam.call.update import adam_update
+from functional_adam.interop.adapter import _FunctionalAdam, _FunctionalAdamW
+from functional_adam.interop.checkpoint import state_from_dict, state_to_dict
+from functional_adam.interop.torch_state import from_torch_state_dict, to_torch_state_dict
 
 __all__ = [
     "AdamHparams",

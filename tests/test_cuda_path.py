@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from functional_adam.equations import Scalars
-from functional_adam.leaves import Buffers
-from functional_adam.planning import run_kernel
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.planning import run_kernel
+from functional_adam.tensors.leaves import Buffers
 
 KERNELS = ("auto", "single", "foreach", "fused")
 FUSED = ("_fused_adam_", "_fused_adamw_")

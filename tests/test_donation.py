@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update, donation
-from functional_adam.donation import find_overlap
+from functional_adam.call.donation import find_overlap
 from tests.strategies import PROPERTY
 
 # torch scripts some formulas when forward mode is first used.

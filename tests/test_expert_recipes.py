@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import functional_adam.dispatch
-import functional_adam.hparams
-import functional_adam.planning
+import functional_adam.adam.hparams
+import functional_adam.adam.planning
+import functional_adam.call.dispatch
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
@@ -520,9 +520,9 @@ def _cuda_by_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.autograd.profiler.record_function("stream"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
-    for module in (functional_adam.hparams, functional_adam.dispatch):
+    for module in (functional_adam.adam.hparams, functional_adam.call.dispatch):
         monkeypatch.setattr(module, "is_readable", lambda _: False)
-    monkeypatch.setattr(functional_adam.dispatch, "check_numbers", lambda *_: None)
+    monkeypatch.setattr(functional_adam.call.dispatch, "check_numbers", lambda *_: None)
 
 
 def check_replays(recipes: SimpleNamespace, name: str, kernel: str, device: str) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import functional_adam.dispatch
-import functional_adam.explanation
-import functional_adam.kernels
+import functional_adam.adam.kernels
+import functional_adam.call.dispatch
+import functional_adam.call.explanation
 from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
-from functional_adam.explanation import NewMemory
+from functional_adam.call.explanation import NewMemory
 from tests.oracles import KERNELS
 
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
@@ -202,7 +202,7 @@ def test_why_a_kernel_cannot_run_is_what_the_error_says(kernel: str) -> None:
 
 @pytest.mark.parametrize(("name", "kernel"), [("_fused_adam_", "fused"), ("_fused_adamw_", "fused")])
 def test_a_torch_without_a_kernel_is_explained(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional_adam.kernels, name, None)
+    monkeypatch.setattr(functional_adam.adam.kernels, name, None)
     params = randn(3)
     explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS)
     assert explanation.computed_by == "foreach"
@@ -274,7 +274,7 @@ def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
 
 def test_a_traced_donation_is_copied_into_the_memory_given(monkeypatch: pytest.MonkeyPatch) -> None:
     # As under torch.compile, which does not trace `explain` itself.
-    monkeypatch.setattr(functional_adam.dispatch, "is_compiled_here", lambda: True)
+    monkeypatch.setattr(functional_adam.call.dispatch, "is_compiled_here", lambda: True)
     found: list[Any] = []
 
     def step(param: Tensor, gradient: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def test_tensors_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         listed.append(len(tensors))
         return NewMemory(tensors, nbytes, why)
 
-    monkeypatch.setattr(functional_adam.explanation, "NewMemory", new_memory)
+    monkeypatch.setattr(functional_adam.call.explanation, "NewMemory", new_memory)
     params = [torch.ones(2) for _ in range(50)]
     explain(params, params, adam_init(params, HPARAMS), HPARAMS)
     assert listed == [50, 50, 50]

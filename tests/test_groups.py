@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad, hessian, jvp, vmap
 
-import functional_adam.kernels
+import functional_adam.adam.kernels
 from functional_adam import (
     AdamHparams,
     AdamState,
@@ -228,7 +228,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     for name in ("_fused_adam_", "_fused_adamw_"):
-        monkeypatch.setattr(functional_adam.kernels, name, counting(getattr(functional_adam.kernels, name)))
+        monkeypatch.setattr(functional_adam.adam.kernels, name, counting(getattr(functional_adam.adam.kernels, name)))
     return counts
 
 

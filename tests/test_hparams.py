@@ -129,7 +129,7 @@ import optree, torch
 
 real = importlib.import_module
 importlib.import_module = lambda name: types.ModuleType(name) if name == "optree.registry" else real(name)
-import functional_adam.hparams
+import functional_adam.adam.hparams
 importlib.import_module = real
 from functional_adam import AdamHparams, adam_init, adam_update
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import functional_adam.kernels
+import functional_adam.adam.kernels
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from functional_adam.equations import Scalars
-from functional_adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
-from functional_adam.leaves import Buffers
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
+from functional_adam.tensors.leaves import Buffers
 from tests.oracles import KERNELS, TorchRun, numpy_adam, torch_adam
 from tests.strategies import in_layout, random_tensor
 from tests.tolerances import assert_close, assert_equal
@@ -220,8 +220,8 @@ def test_fused_grad_scale_has_the_bits_of_torch(
     ("kernel", "module", "name"),
     [
         ("foreach", torch, "_foreach_addcdiv_"),
-        ("fused", functional_adam.kernels, "_fused_adam_"),
-        ("fused", functional_adam.kernels, "_fused_adamw_"),
+        ("fused", functional_adam.adam.kernels, "_fused_adam_"),
+        ("fused", functional_adam.adam.kernels, "_fused_adamw_"),
     ],
 )
 def test_a_kernel_that_this_torch_lacks_is_missed_by_itself_alone(
@@ -288,7 +288,9 @@ def test_the_fused_kernel_is_given_a_number_as_scale_in_float32_where_the_leaves
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[Tensor] = []
-    monkeypatch.setattr(functional_adam.kernels, "_fused_adam_", lambda *_, grad_scale, **__: given.append(grad_scale))
+    monkeypatch.setattr(
+        functional_adam.adam.kernels, "_fused_adam_", lambda *_, grad_scale, **__: given.append(grad_scale)
+    )
     columns = [[torch.ones(2, device="meta")] for _ in range(4)]
     scalars = Scalars(0.1, 0.9, 0.999, 1e-8, 0.0, amsgrad=False, maximize=False, decoupled_weight_decay=False)
     [*run_fused(Batch(Buffers(*columns[:3], []), columns[3], [torch.ones((), device="meta")], scalars), 2.0, None)]

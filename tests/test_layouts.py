@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from functional_adam.equations import Scalars
-from functional_adam.leaves import Buffers
-from functional_adam.planning import Plan, group_leaves
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.planning import Plan, group_leaves
+from functional_adam.tensors.leaves import Buffers
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import (
     LAYOUTS,

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from functional_adam.equations import Scalars, precise, update_leaf
-from functional_adam.leaves import Buffers
-from functional_adam.planning import run_kernel
+from functional_adam.adam.equations import Scalars, precise, update_leaf
+from functional_adam.adam.planning import run_kernel
+from functional_adam.tensors.leaves import Buffers
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import PROPERTY, hyperparameters, random_tensor, seeds
 from tests.tolerances import assert_close, assert_equal, assert_rounded_once, assert_within_roundings

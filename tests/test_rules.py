@@ -19,13 +19,13 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import functional_adam.batching
-import functional_adam.mapping
-import functional_adam.packing
-import functional_adam.rules
-import functional_adam.update
+import functional_adam.autodiff.batching
+import functional_adam.autodiff.function
+import functional_adam.autodiff.mapping
+import functional_adam.autodiff.packing
+import functional_adam.call.update
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from functional_adam.equations import Scalars, update_leaf
+from functional_adam.adam.equations import Scalars, update_leaf
 from tests.tolerances import assert_close, assert_equal, assert_rounded_once
 
 DOUBLE = torch.float64
@@ -789,8 +789,8 @@ def test_an_update_that_nobody_watches_enters_no_function(
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("nobody watches")
 
-    monkeypatch.setattr(functional_adam.rules, "_apply", forbidden)
-    monkeypatch.setattr(functional_adam.update, "differentiable_update", forbidden)
+    monkeypatch.setattr(functional_adam.autodiff.function, "_apply", forbidden)
+    monkeypatch.setattr(functional_adam.call.update, "differentiable_update", forbidden)
     at = make_point((3,))
     state = AdamState(torch.tensor(3.0), at.exp_avg[0], at.exp_avg_sq[0])
 
@@ -806,7 +806,7 @@ def test_the_kernel_computes_an_update_that_is_watched(
     kernel: str, transform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, ran = [], []
-    apply, run_kernel = functional_adam.rules._apply, functional_adam.packing.run_kernel
+    apply, run_kernel = functional_adam.autodiff.function._apply, functional_adam.autodiff.packing.run_kernel
 
     def spied_apply(*arguments: Any) -> Any:
         entered.append(arguments[0].kernel)
@@ -816,8 +816,8 @@ def test_the_kernel_computes_an_update_that_is_watched(
         ran.append(name)
         run_kernel(name, *arguments, **options)
 
-    monkeypatch.setattr(functional_adam.rules, "_apply", spied_apply)
-    for module in (functional_adam.packing, functional_adam.batching):
+    monkeypatch.setattr(functional_adam.autodiff.function, "_apply", spied_apply)
+    for module in (functional_adam.autodiff.packing, functional_adam.autodiff.batching):
         monkeypatch.setattr(module, "run_kernel", spied_kernel)
     at = make_point((3,))
     state = AdamState(torch.tensor(3.0), at.exp_avg[0], at.exp_avg_sq[0])
@@ -995,13 +995,13 @@ def looped(run: Callable[..., Any], arguments: Any, dims: Any, size: int = SIZE)
 @pytest.fixture
 def _large_members(monkeypatch: pytest.MonkeyPatch) -> None:
     """Members of few elements are treated as those of many, which would take long."""
-    monkeypatch.setattr(functional_adam.batching, "SMALL_MEMBER", 0)
+    monkeypatch.setattr(functional_adam.autodiff.batching, "SMALL_MEMBER", 0)
 
 
 @pytest.fixture(params=["small", "large"])
 def _any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "large":
-        monkeypatch.setattr(functional_adam.batching, "SMALL_MEMBER", 0)
+        monkeypatch.setattr(functional_adam.autodiff.batching, "SMALL_MEMBER", 0)
 
 
 each_size = pytest.mark.usefixtures("_any_size")
@@ -1110,13 +1110,13 @@ def test_members_are_taken_apart_only_where_a_kernel_cannot_take_them_together(
     kernel: str, dtype: torch.dtype, case: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    run_kernel = functional_adam.packing.run_kernel
+    run_kernel = functional_adam.autodiff.packing.run_kernel
 
     def spied(name: str, buffers: Any, *arguments: Any, **options: Any) -> None:
         calls.append((name, len(buffers.params)))
         run_kernel(name, buffers, *arguments, **options)
 
-    for module in (functional_adam.packing, functional_adam.batching):
+    for module in (functional_adam.autodiff.packing, functional_adam.autodiff.batching):
         monkeypatch.setattr(module, "run_kernel", spied)
     (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])
     leaves, moments = torch_pytree.tree_map(lambda x: x.to(dtype), (leaves, state[1:3]))
@@ -1136,13 +1136,13 @@ def test_small_members_are_computed_on_stacked_leaves(
     kernel: str, case: str, dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    run_foreach = functional_adam.batching.run_foreach
+    run_foreach = functional_adam.autodiff.batching.run_foreach
 
     def spied(batch: Any) -> Any:
         calls.append([x.shape[0] for x in batch.buffers.params])
         return run_foreach(batch)
 
-    monkeypatch.setattr(functional_adam.batching, "run_foreach", spied)
+    monkeypatch.setattr(functional_adam.autodiff.batching, "run_foreach", spied)
     (*leaves, state, numbers, options), dims = make_batch(BATCHED[case])
     leaves, moments = torch_pytree.tree_map(lambda x: x.to(dtype), (leaves, state[1:3]))
     vmap(partial(update_member, kernel=kernel), in_dims=dims)(
@@ -1156,20 +1156,20 @@ def test_a_single_vmap_is_as_without_the_private_names_of_torch(case: str, monke
     arguments, dims = make_batch(BATCHED[case])
     run = partial(update_member, kernel="auto")
     direct = vmap(run, in_dims=dims)(*arguments)
-    monkeypatch.setattr(functional_adam.mapping, "_functorch", None)
+    monkeypatch.setattr(functional_adam.autodiff.mapping, "_functorch", None)
     assert_equal(vmap(run, in_dims=dims)(*arguments), direct)
 
 
 @each_kernel
 def test_members_of_one_step_are_together_within_a_derivative(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run_kernel = functional_adam.packing.run_kernel
+    run_kernel = functional_adam.autodiff.packing.run_kernel
 
     def spied(name: str, buffers: Any, *arguments: Any, **options: Any) -> None:
         calls.append(len(buffers.params))
         run_kernel(name, buffers, *arguments, **options)
 
-    monkeypatch.setattr(functional_adam.packing, "run_kernel", spied)
+    monkeypatch.setattr(functional_adam.autodiff.packing, "run_kernel", spied)
     hparams = AdamHparams(lr=0.1)
 
     def trained(params: list[Tensor]) -> Tensor:
@@ -1251,13 +1251,13 @@ def test_members_that_started_together_keep_one_step_in_memory(
     kernel: str, per_leaf_step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    run_kernel = functional_adam.packing.run_kernel
+    run_kernel = functional_adam.autodiff.packing.run_kernel
 
     def spied(name: str, buffers: Any, *arguments: Any, **options: Any) -> None:
         calls.append(len(buffers.params))
         run_kernel(name, buffers, *arguments, **options)
 
-    monkeypatch.setattr(functional_adam.packing, "run_kernel", spied)
+    monkeypatch.setattr(functional_adam.autodiff.packing, "run_kernel", spied)
     stacked = make_point(*((SIZE, *shape) for shape in SHAPES))
     params, hparams = stacked.params, AdamHparams(lr=0.1)
     state = vmap(lambda p: adam_init(p, hparams, per_leaf_step=per_leaf_step))(params)

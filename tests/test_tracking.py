@@ -1111,7 +1111,7 @@ from torch.func import grad, jacfwd, vmap
 import torch._functorch.autograd_function, torch._functorch.eager_transforms, torch._functorch.vmap
 hidden = {owner}.{attribute}
 del {owner}.{attribute}
-import functional_adam.update
+import functional_adam.call.update
 {owner}.{attribute} = hidden
 from functional_adam import AdamHparams, adam_init, adam_update
 p = torch.tensor([1.0, -2.0], dtype=torch.float64)

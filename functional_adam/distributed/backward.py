@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from functional_adam.adapter import _FunctionalAdam, check_adapter
+from functional_adam.interop.adapter import _FunctionalAdam, check_adapter
 
 
 def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_adam.adapter import _FunctionalAdam, check_adapter
+from functional_adam.interop.adapter import _FunctionalAdam, check_adapter
 
 CommHook: TypeAlias = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
 """`hook(state, bucket)`, for `DistributedDataParallel.register_comm_hook`."""

@@ -4,7 +4,7 @@ import importlib
 import warnings
 from typing import Any
 
-from functional_adam.adapter import _FunctionalAdam, _FunctionalAdamW
+from functional_adam.interop.adapter import _FunctionalAdam, _FunctionalAdamW
 
 
 def register() -> None:

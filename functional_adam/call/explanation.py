@@ -6,14 +6,14 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.arguments import Arguments, flatten_arguments
-from functional_adam.dispatch import EQUATIONS, Way, select_way
-from functional_adam.equations import Scalars, compute_dtype
-from functional_adam.hparams import AdamHparams, Scalar
-from functional_adam.leaves import BUFFER_NAMES, local_shard, placement_change
-from functional_adam.planning import FASTEST_FIRST, KernelName, Plan, group_leaves, obstacle
-from functional_adam.state import AdamState, TensorTree
-from functional_adam.trees import flatten
+from functional_adam.adam.equations import Scalars, compute_dtype
+from functional_adam.adam.hparams import AdamHparams, Scalar
+from functional_adam.adam.planning import FASTEST_FIRST, KernelName, Plan, group_leaves, obstacle
+from functional_adam.adam.state import AdamState, TensorTree
+from functional_adam.call.arguments import Arguments, flatten_arguments
+from functional_adam.call.dispatch import EQUATIONS, Way, select_way
+from functional_adam.tensors.leaves import BUFFER_NAMES, local_shard, placement_change
+from functional_adam.tensors.trees import flatten
 
 
 class LeafGroup(NamedTuple):

@@ -18,9 +18,9 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars
-from functional_adam.hparams import Scalar
-from functional_adam.scalars import Local
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.scalars import Local
 
 Leaf: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 """(p, m, v, u or None, g), or their tangents or cotangents."""

@@ -8,12 +8,12 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.equations import Scalars
-from functional_adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
-from functional_adam.leaves import Buffers, check_leaves, check_masters, check_params
-from functional_adam.state import AdamState, TensorTree, is_spent
-from functional_adam.traits import Traits, find_traits, list_tensors, recall, remember
-from functional_adam.trees import broadcast_prefix, flatten_known, flatten_like, is_leaf, learn, path_of
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
+from functional_adam.adam.state import AdamState, TensorTree, is_spent
+from functional_adam.call.facts import Traits, find_traits, list_tensors, recall, remember
+from functional_adam.tensors.leaves import Buffers, check_leaves, check_masters, check_params
+from functional_adam.tensors.trees import broadcast_prefix, flatten_known, flatten_like, is_leaf, learn, path_of
 
 
 class Arguments(NamedTuple):

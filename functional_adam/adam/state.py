@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams, check_flag, check_hparams_type
-from functional_adam.leaves import DTYPES, MASTER_DTYPES, check_params
-from functional_adam.printing import shown
-from functional_adam.trees import flatten, leaves_of, path_of, unflatten
+from functional_adam.adam.hparams import AdamHparams, check_flag, check_hparams_type
+from functional_adam.tensors.leaves import DTYPES, MASTER_DTYPES, check_params
+from functional_adam.tensors.printing import shown
+from functional_adam.tensors.trees import flatten, leaves_of, path_of, unflatten
 
 TensorTree: TypeAlias = Any
 """A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from functional_adam.arguments import flatten_arguments
-from functional_adam.dispatch import select_way
-from functional_adam.donation import find_overlap
-from functional_adam.hparams import AdamHparams, number_fault
-from functional_adam.planning import KernelName
-from functional_adam.state import AdamState, adam_init
-from functional_adam.update import run_update
+from functional_adam.adam.hparams import AdamHparams, number_fault
+from functional_adam.adam.planning import KernelName
+from functional_adam.adam.state import AdamState, adam_init
+from functional_adam.call.arguments import flatten_arguments
+from functional_adam.call.dispatch import select_way
+from functional_adam.call.donation import find_overlap
+from functional_adam.call.update import run_update
 
 _BETAS = ("beta1", "beta2")  # the names in torch's functional classes
 _HPARAMS = tuple(field.name for field in fields(AdamHparams))

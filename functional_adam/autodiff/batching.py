@@ -8,13 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, precise, update_leaf
-from functional_adam.hparams import Scalar
-from functional_adam.kernels import Batch, run_foreach
-from functional_adam.leaves import Buffers
-from functional_adam.packing import Spec, run, unpack
-from functional_adam.planning import run_kernel
-from functional_adam.tracking import is_constant, is_host_value, is_transformed, requires_grad
+from functional_adam.adam.equations import Scalars, precise, update_leaf
+from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.kernels import Batch, run_foreach
+from functional_adam.adam.planning import run_kernel
+from functional_adam.autodiff.packing import Spec, run, unpack
+from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.tracking import is_constant, is_host_value, is_transformed, requires_grad
 
 # Half types are rounded once by a kernel; a direction of theirs would be rounded before.
 _PRECISE = (torch.float32, torch.float64)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_adam.arguments import Arguments
-from functional_adam.donation import check_apart, name_of, owners_of
-from functional_adam.leaves import local_shard
+from functional_adam.call.arguments import Arguments
+from functional_adam.call.donation import check_apart, name_of, owners_of
+from functional_adam.tensors.leaves import local_shard
 
 
 def checked_steps(given: Arguments) -> list[Tensor]:

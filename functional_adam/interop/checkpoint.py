@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import AdamHparams, check_scalar, number_fault, to_float
-from functional_adam.leaves import DTYPES, tensor_fault
-from functional_adam.state import AdamState, TensorTree, adam_init, is_spent
-from functional_adam.trees import flatten
+from functional_adam.adam.hparams import AdamHparams, check_scalar, number_fault, to_float
+from functional_adam.adam.state import AdamState, TensorTree, adam_init, is_spent
+from functional_adam.tensors.leaves import DTYPES, tensor_fault
+from functional_adam.tensors.trees import flatten
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
 

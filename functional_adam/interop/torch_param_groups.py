@@ -6,9 +6,9 @@ from typing import Any, cast
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.checkpoint import listed
-from functional_adam.hparams import AdamHparams, check_scalar
-from functional_adam.trees import unflatten
+from functional_adam.adam.hparams import AdamHparams, check_scalar
+from functional_adam.interop.checkpoint import listed
+from functional_adam.tensors.trees import unflatten
 
 FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 

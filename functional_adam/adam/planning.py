@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, as_real, compute_dtype
-from functional_adam.hparams import Scalar
-from functional_adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
-from functional_adam.layouts import is_laid_out_like
-from functional_adam.leaves import Buffers
-from functional_adam.recycling import empty_like
-from functional_adam.tracking import is_host_memory
+from functional_adam.adam.equations import Scalars, as_real, compute_dtype
+from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.kernels import Batch, missing_operation, run_foreach, run_fused, run_single
+from functional_adam.tensors.layouts import is_laid_out_like
+from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.recycling import empty_like
+from functional_adam.tensors.tracking import is_host_memory
 
 KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
 KERNELS: tuple[str, ...] = get_args(KernelName)

@@ -14,9 +14,9 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from functional_adam.layouts import foreign_layout
-from functional_adam.tracking import class_fault, is_readable, is_tracing
-from functional_adam.trees import flatten, leaves_of
+from functional_adam.tensors.layouts import foreign_layout
+from functional_adam.tensors.tracking import class_fault, is_readable, is_tracing
+from functional_adam.tensors.trees import flatten, leaves_of
 
 Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functional_adam.trees import is_leaf, map_leaves
+from functional_adam.tensors.trees import is_leaf, map_leaves
 
 _LEAVES = 24  # so many are shown
 

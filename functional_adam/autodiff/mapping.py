@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.tracking import is_single_vmap
+from functional_adam.tensors.tracking import is_single_vmap
 
 
 class _Functorch(NamedTuple):

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, corrections, precise, update_leaf
-from functional_adam.hparams import Scalar
-from functional_adam.layouts import strides_like
-from functional_adam.leaves import Buffers
-from functional_adam.tracking import is_intercepted
+from functional_adam.adam.equations import Scalars, corrections, precise, update_leaf
+from functional_adam.adam.hparams import Scalar
+from functional_adam.tensors.layouts import strides_like
+from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.tracking import is_intercepted
 
 _fused_adam_: Any = getattr(torch, "_fused_adam_", None)
 _fused_adamw_: Any = getattr(torch, "_fused_adamw_", None)

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.arguments import Arguments
-from functional_adam.donation import check_donation, is_surely_safe
-from functional_adam.equations import Scalars
-from functional_adam.hparams import Scalar, check_flag
-from functional_adam.leaves import check_unsharded, full_value
-from functional_adam.planning import check_kernel_name, check_numbers, select_kernel
-from functional_adam.tracking import (
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.hparams import Scalar, check_flag
+from functional_adam.adam.planning import check_kernel_name, check_numbers, select_kernel
+from functional_adam.call.arguments import Arguments
+from functional_adam.call.donation import check_donation, is_surely_safe
+from functional_adam.tensors.leaves import check_unsharded, full_value
+from functional_adam.tensors.tracking import (
     forward_levels,
     is_compiled_here,
     is_readable,

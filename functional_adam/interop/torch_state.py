@@ -7,12 +7,12 @@ from typing import Any, Literal
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.arguments import Arguments, flatten_arguments
-from functional_adam.checkpoint import copy_into, listed, read_step
-from functional_adam.hparams import AdamHparams, check_hparams
-from functional_adam.state import AdamState, TensorTree, adam_init
-from functional_adam.torch_param_groups import FLAGS, hparams_of_groups, own, parts_of
-from functional_adam.trees import flatten, flatten_like, insertion_order, keys_of, unflatten
+from functional_adam.adam.hparams import AdamHparams, check_hparams
+from functional_adam.adam.state import AdamState, TensorTree, adam_init
+from functional_adam.call.arguments import Arguments, flatten_arguments
+from functional_adam.interop.checkpoint import copy_into, listed, read_step
+from functional_adam.interop.torch_param_groups import FLAGS, hparams_of_groups, own, parts_of
+from functional_adam.tensors.trees import flatten, flatten_like, insertion_order, keys_of, unflatten
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 

@@ -5,19 +5,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.arguments import Arguments, flatten_arguments
-from functional_adam.compiled_donation import checked_steps
-from functional_adam.dispatch import EQUATIONS, Way, select_way
-from functional_adam.donation import release, replace_steps_
-from functional_adam.equations import update_leaf
-from functional_adam.hparams import AdamHparams, Scalar
-from functional_adam.layouts import with_layout_of
-from functional_adam.leaves import Buffers, local_shards
-from functional_adam.planning import KernelName, group_leaves, run_kernel
-from functional_adam.recycling import copies
-from functional_adam.rules import advance, differentiable_update
-from functional_adam.state import AdamState, TensorTree
-from functional_adam.trees import unflatten
+from functional_adam.adam.equations import update_leaf
+from functional_adam.adam.hparams import AdamHparams, Scalar
+from functional_adam.adam.planning import KernelName, group_leaves, run_kernel
+from functional_adam.adam.state import AdamState, TensorTree
+from functional_adam.autodiff.function import advance, differentiable_update
+from functional_adam.call.arguments import Arguments, flatten_arguments
+from functional_adam.call.compiled_donation import checked_steps
+from functional_adam.call.dispatch import EQUATIONS, Way, select_way
+from functional_adam.call.donation import release, replace_steps_
+from functional_adam.tensors.layouts import with_layout_of
+from functional_adam.tensors.leaves import Buffers, local_shards
+from functional_adam.tensors.recycling import copies
+from functional_adam.tensors.trees import unflatten
 
 
 def adam_update(

@@ -6,7 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.param_groups import Defaults, check_apart, check_pairs, group_call, hparams_of_group, kernel_of
+from functional_adam.interop.param_groups import (
+    Defaults,
+    check_apart,
+    check_pairs,
+    group_call,
+    hparams_of_group,
+    kernel_of,
+)
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 

@@ -7,10 +7,10 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.equations import Row
-from functional_adam.layouts import foreign_layout
-from functional_adam.tracking import class_fault
-from functional_adam.trees import path_of
+from functional_adam.adam.equations import Row
+from functional_adam.tensors.layouts import foreign_layout
+from functional_adam.tensors.tracking import class_fault
+from functional_adam.tensors.trees import path_of
 
 DTYPES = frozenset(
     (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functional_adam.equations import Scalars
-from functional_adam.hparams import Scalar
-from functional_adam.leaves import Buffers
-from functional_adam.planning import check_numbers, run_kernel
-from functional_adam.recycling import copies
-from functional_adam.tracking import is_host_value, readable
+from functional_adam.adam.equations import Scalars
+from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.planning import check_numbers, run_kernel
+from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.recycling import copies
+from functional_adam.tensors.tracking import is_host_value, readable
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.leaves import BUFFER_NAMES, Buffers, local_shard
-from functional_adam.tracking import is_fake
-from functional_adam.traits import Traits
-from functional_adam.trees import path_of
+from functional_adam.call.facts import Traits
+from functional_adam.tensors.leaves import BUFFER_NAMES, Buffers, local_shard
+from functional_adam.tensors.tracking import is_fake
+from functional_adam.tensors.trees import path_of
 
 
 def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.leaves import DTYPES, Buffers
-from functional_adam.recycling import LARGE
-from functional_adam.tracking import is_tracing, is_transformed
+from functional_adam.tensors.leaves import DTYPES, Buffers
+from functional_adam.tensors.recycling import LARGE
+from functional_adam.tensors.tracking import is_tracing, is_transformed
 
 
 class Listed(NamedTuple):

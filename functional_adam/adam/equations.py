@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_adam.hparams import Scalar
-from functional_adam.layouts import with_layout_of
+from functional_adam.adam.hparams import Scalar
+from functional_adam.tensors.layouts import with_layout_of
 
 
 class Scalars(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.equations import Scalars, corrections, precise
-from functional_adam.hparams import Scalar
+from functional_adam.adam.equations import Scalars, corrections, precise
+from functional_adam.adam.hparams import Scalar
 
 
 class Local(NamedTuple):

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_adam.batching import run_batched
-from functional_adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, point_at
-from functional_adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
-from functional_adam.hparams import Scalar
-from functional_adam.leaves import Buffers
-from functional_adam.mapping import call_under_vmap
-from functional_adam.packing import Parts, Spec, run, unpack, unpack_buffers
-from functional_adam.pieces import Columns, cut_into_pieces, flattened, join, put_together, split
-from functional_adam.recycling import empty_like
-from functional_adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
-from functional_adam.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
+from functional_adam.adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, point_at
+from functional_adam.adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
+from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
+from functional_adam.autodiff.batching import run_batched
+from functional_adam.autodiff.mapping import call_under_vmap
+from functional_adam.autodiff.packing import Parts, Spec, run, unpack, unpack_buffers
+from functional_adam.autodiff.pieces import Columns, cut_into_pieces, flattened, join, put_together, split
+from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.recycling import empty_like
+from functional_adam.tensors.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
 
 
 class GrowingGraphWarning(UserWarning):
@@ -84,7 +84,7 @@ def _count_updates(node: Any, given: Buffers) -> None:
     node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
     if node.update_count == _MANY:
         level = 1  # of the caller outside of this package
-        while _module_of_caller(level + 1).startswith(f"{__package__}."):
+        while _module_of_caller(level + 1).startswith("functional_adam."):
             level += 1
         warnings.warn(
             f"{_MANY} updates in a row were recorded by autograd, because parameters or state require grad. The graph "

@@ -1,0 +1,1 @@
+"""All that is Adam: hyperparameters, state, equations, kernels, derivatives."""

@@ -1,0 +1,1 @@
+"""The autograd Function around a kernel, and its batching rule."""

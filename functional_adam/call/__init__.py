@@ -1,0 +1,1 @@
+"""The pipeline of an update: read, plan, run, write."""

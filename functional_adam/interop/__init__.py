@@ -1,0 +1,1 @@
+"""Other shapes: transformation, checkpoints, torch state dicts, the stateful adapter."""

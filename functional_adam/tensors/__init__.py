@@ -1,0 +1,1 @@
+"""Nothing of Adam: layouts, who is watching, pytrees, columns of leaves, recycled memory."""
