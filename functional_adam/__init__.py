@@ -3,7 +3,8 @@
 import importlib
 from types import ModuleType
 
-from functional_adam import recycling, transformation
+from functional_adam import recycling as recycling
+from functional_adam import transformation
 from functional_adam.adam.hparams import AdamHparams
 from functional_adam.adam.state import AdamState, adam_init
 from functional_adam.autodiff.function import GrowingGraphWarning

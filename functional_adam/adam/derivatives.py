@@ -1,6 +1,6 @@
 """The derivatives of `equations.py` for one real leaf, by hand: finite, and differentiable again.
 
-With s = sqrt(v' or u') and D = s / root_correction + eps, the equations read, in the scalars of `Local`::
+With s = sqrt(v' or u') and D = s / root_correction + eps, the equations read, in `Coefficients`::
 
     G = sign * g + weight_decay * p
     m' = beta1 * m + (1 - beta1) * G
@@ -18,17 +18,19 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import Scalars
-from functional_adam.adam.hparams import Scalar
-from functional_adam.adam.scalars import Local
+from functional_adam.adam.equations import Coefficients, is_number
+from functional_adam.tensors.batch import Scalar
 
 Leaf: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 """(p, m, v, u or None, g), or their tangents or cotangents."""
+PartialLeaf: TypeAlias = tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor]
+"""A leaf that may lack p if no weight decay needs it."""
 
 
 class Point(NamedTuple):
     """Where a derivative is taken, and what the equations make of it."""
 
+    p: Tensor | None
     m: Tensor
     v: Tensor
     g: Tensor  # G: with sign and weight decay
@@ -38,23 +40,18 @@ class Point(NamedTuple):
     inverse: Tensor  # 1 / D
     share: Tensor | None  # amsgrad: how much of max(u, v') is v': 1, 0, or at a tie 0.5
     is_maximized: bool
-    decay: Scalar
-    weight_decay: Scalar
-    beta1: Scalar
-    beta2: Scalar
-    step_size: Scalar
-    root_correction: Scalar
+    c: Coefficients  # in the dtype of the leaf
 
 
-def point_at(leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], h: Scalars, local: Local) -> Point:
-    """Evaluate the equations; `leaf` may lack p if no weight decay needs it."""
+def point_at(leaf: PartialLeaf, c: Coefficients, *, maximize: bool) -> Point:
+    """Evaluate the equations."""
     p, m, v, u, g = leaf
-    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = (_cast(x, m) for x in local)
-    g = -g if h.maximize else g
-    if p is not None and (isinstance(weight_decay, Tensor) or weight_decay != 0):
-        g = g + weight_decay * p
-    new_m = torch.lerp(m, g, 1 - beta1)
-    new_v = torch.addcmul(v * beta2, g * (1 - beta2), g)
+    c = Coefficients(*(_cast(x, m) for x in c))
+    g = -g if maximize else g
+    if p is not None and not is_number(c.weight_decay, 0):
+        g = g + c.weight_decay * p
+    new_m = torch.lerp(m, g, 1 - c.beta1)
+    new_v = torch.addcmul(v * c.beta2, g * (1 - c.beta2), g)
     share = None
     if u is not None:
         share = torch.where(new_v > u, 1.0, torch.where(new_v == u, 0.5, 0.0)).to(m.dtype)
@@ -63,67 +60,44 @@ def point_at(leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor], 
     nonzero_root = new_v.masked_fill(zero, 1.0).sqrt()
     root = nonzero_root.masked_fill(zero, 0.0)
     half = (0.5 / nonzero_root).masked_fill(zero, 0.0)
-    inverse = 1 / (root / root_correction + eps)
-    return Point(
-        m,
-        v,
-        g,
-        new_m,
-        root,
-        half,
-        inverse,
-        share,
-        h.maximize,
-        decay,
-        weight_decay,
-        beta1,
-        beta2,
-        step_size,
-        root_correction,
-    )
+    inverse = 1 / (root / c.root_correction + c.eps)
+    return Point(p, m, v, g, new_m, root, half, inverse, share, maximize, c)
 
 
-def leaf_vjp(
-    at: Point, cotangents: Leaf, wanted: Collection[str], p_in: Tensor | None
-) -> tuple[Leaf, dict[str, Tensor]]:
-    """Cotangents of the leaf and of the `wanted` scalars, from those of (p', m', v', u'); the last is not used."""
+def leaf_vjp(at: Point, cotangents: Leaf, wanted: Collection[str]) -> tuple[Leaf, dict[str, Tensor]]:
+    """Cotangents of the leaf and of the `wanted` coefficients, from those of (p', m', v', u'); the last is not used."""
     p, m, v, u, _ = cotangents
+    c = at.c
     scaled = p * at.inverse
-    m = m - scaled * at.step_size
-    denominator = at.new_m * at.inverse * scaled * at.step_size
-    largest = denominator * at.half * (1 / at.root_correction)
+    m = m - scaled * c.step_size
+    denominator = at.new_m * at.inverse * scaled * c.step_size
+    largest = denominator * at.half * (1 / c.root_correction)
     if at.share is None or u is None:
         v = v + largest
     else:
         largest = largest + u
         v = v + at.share * largest
         u = (1 - at.share) * largest
-    g = torch.addcmul(m * (1 - at.beta1), v * (2 * (1 - at.beta2)), at.g)
+    g = torch.addcmul(m * (1 - c.beta1), v * (2 * (1 - c.beta2)), at.g)
     terms: dict[str, Callable[[], Tensor]] = {
-        "decay": lambda: p * cast("Tensor", p_in),
-        "weight_decay": lambda: g * cast("Tensor", p_in),
+        "decay": lambda: p * cast("Tensor", at.p),
+        "weight_decay": lambda: g * cast("Tensor", at.p),
         "beta1": lambda: m * (at.m - at.g),
         "beta2": lambda: v * (at.v - at.g * at.g),
         "eps": lambda: denominator,
         "step_size": lambda: -at.new_m * scaled,
-        "root_correction": lambda: -denominator * at.root / (at.root_correction * at.root_correction),
+        "root_correction": lambda: -denominator * at.root / (c.root_correction * c.root_correction),
     }
-    # Summed in float64, like the scalars.
+    # Summed in float64, like the coefficients.
     wide = torch.float32 if at.m.device.type == "mps" else torch.float64
     scalars = {name: terms[name]().sum(dtype=wide) for name in terms if name in wanted}
-    has_decay = isinstance(at.decay, Tensor) or at.decay != 1
-    has_coupled = isinstance(at.weight_decay, Tensor) or at.weight_decay != 0
-    new_p = p * at.decay if has_decay else p
-    new_p = new_p + g * at.weight_decay if has_coupled else new_p
-    return (new_p, m * at.beta1, v * at.beta2, u, -g if at.is_maximized else g), scalars
+    new_p = p if is_number(c.decay, 1) else p * c.decay
+    new_p = new_p if is_number(c.weight_decay, 0) else new_p + g * c.weight_decay
+    return (new_p, m * c.beta1, v * c.beta2, u, -g if at.is_maximized else g), scalars
 
 
 def plain_leaf_vjp(
-    leaf: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor],
-    cotangents: Leaf,
-    h: Scalars,
-    local: Local,
-    out: Sequence[Tensor | None],
+    leaf: PartialLeaf, cotangents: Leaf, c: Coefficients, out: Sequence[Tensor | None], *, maximize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`leaf_vjp` for the usual case, in half its operations: numbers only, no amsgrad, and nobody differentiates on.
 
@@ -131,8 +105,8 @@ def plain_leaf_vjp(
     """
     p_in, m_in, v_in, _, g = leaf
     p, m, v, _, _ = cotangents
-    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = cast("tuple[float, ...]", local)
-    if h.maximize:
+    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = cast("tuple[float, ...]", c)
+    if maximize:
         g = -g
     if p_in is not None and weight_decay:
         g = g.add(p_in, alpha=weight_decay)
@@ -148,35 +122,38 @@ def plain_leaf_vjp(
     of_g = torch.mul(m, 1 - beta1, out=out_g).addcmul_(v, g, value=2 * (1 - beta2))
     p = p if decay == 1 else p * decay
     p = p.add(of_g, alpha=weight_decay) if weight_decay else p
-    of_g = of_g.neg_() if h.maximize else of_g
+    of_g = of_g.neg_() if maximize else of_g
     return p, torch.mul(m, beta1, out=out_m), torch.mul(v, beta2, out=out_v), of_g
 
 
-def leaf_jvp(at: Point, tangents: Leaf, local: Local, p_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tangents of (p', m', v', u') from those of the leaf and of the scalars."""
+def leaf_jvp(
+    at: Point, tangents: Leaf, moving: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Tangents of (p', m', v', u') from those of the leaf and of the coefficients, where None stands for 0."""
     p, m, v, u, g = tangents
-    t = Local(*(None if x is None else _cast(x, at.m) for x in local))
-    # The step is a tensor, and torch gives a tensor that stands still a tangent of zeros.
-    step_size, root_correction = _cast(local.step_size, at.m), _cast(local.root_correction, at.m)
-    g = (-g if at.is_maximized else g) + at.weight_decay * p
-    g = g if t.weight_decay is None else g + t.weight_decay * p_in
-    p = at.decay * p
-    p = p if t.decay is None else p + t.decay * p_in
-    m = m * at.beta1 + g * (1 - at.beta1)
-    m = m if t.beta1 is None else m + (at.m - at.g) * t.beta1
-    v = v * at.beta2 + g * at.g * (2 * (1 - at.beta2))
-    v = v if t.beta2 is None else v + (at.v - at.g * at.g) * t.beta2
+    c = at.c
+    decay, weight_decay, beta1, beta2, eps, step_size, root_correction = (
+        None if x is None else _cast(x, at.m) for x in moving
+    )
+    p_in = cast("Tensor", at.p)
+    g = (-g if at.is_maximized else g) + c.weight_decay * p
+    g = g if weight_decay is None else g + weight_decay * p_in
+    p = c.decay * p
+    p = p if decay is None else p + decay * p_in
+    m = m * c.beta1 + g * (1 - c.beta1)
+    m = m if beta1 is None else m + (at.m - at.g) * beta1
+    v = v * c.beta2 + g * at.g * (2 * (1 - c.beta2))
+    v = v if beta2 is None else v + (at.v - at.g * at.g) * beta2
     largest = v
     if at.share is not None and u is not None:
         largest = u = at.share * v + (1 - at.share) * u
-    denominator = largest * at.half / at.root_correction
-    denominator = denominator - at.root * root_correction / (at.root_correction * at.root_correction)
-    if t.eps is not None:
-        denominator = denominator + t.eps
-    p = p - at.step_size * at.inverse * (m - at.new_m * at.inverse * denominator)
-    return p - step_size * at.new_m * at.inverse, m, v, u
+    denominator = largest * at.half / c.root_correction
+    if root_correction is not None:
+        denominator = denominator - at.root * root_correction / (c.root_correction * c.root_correction)
+    denominator = denominator if eps is None else denominator + eps
+    p = p - c.step_size * at.inverse * (m - at.new_m * at.inverse * denominator)
+    return p if step_size is None else p - step_size * at.new_m * at.inverse, m, v, u
 
 
-def _cast(x: Scalar | None, like: Tensor) -> Scalar:
-    assert x is not None
+def _cast(x: Scalar, like: Tensor) -> Scalar:
     return x.to(device=like.device, dtype=like.dtype) if isinstance(x, Tensor) else x

@@ -7,11 +7,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_adam.adam.hparams import Scalar
-from functional_adam.tensors.layouts import with_layout_of
+from functional_adam.tensors.batch import Scalar
+from functional_adam.tensors.layouts import as_leaf, as_real, with_layout_of
+from functional_adam.tensors.tracking import may_be_differentiated
 
 
-class Scalars(NamedTuple):
+class LeafHparams(NamedTuple):
     """The hyperparameters of one leaf: numbers, or 0-dim tensors that may be traced, mapped or differentiated."""
 
     lr: Scalar
@@ -23,44 +24,69 @@ class Scalars(NamedTuple):
     maximize: bool
     decoupled_weight_decay: bool
 
-    def map(self, function: Callable[[Tensor], Scalar]) -> "Scalars":
+    def map(self, function: Callable[[Tensor], Scalar]) -> "LeafHparams":
         """`function` of each number that is a tensor."""
         lr, beta1, beta2, eps, weight_decay = (function(x) if isinstance(x, Tensor) else x for x in self[:5])
-        return Scalars(lr, beta1, beta2, eps, weight_decay, *self[5:])
+        return LeafHparams(lr, beta1, beta2, eps, weight_decay, *self[5:])
+
+
+class Coefficients(NamedTuple):
+    """The scalars that a leaf really meets, in float64; numbers where all that they follow from are numbers."""
+
+    decay: Scalar  # of the parameter: 1 unless weight decay is decoupled
+    weight_decay: Scalar  # coupled, else 0
+    beta1: Scalar
+    beta2: Scalar
+    eps: Scalar
+    step_size: Scalar  # lr / (1 - beta1^t)
+    root_correction: Scalar  # sqrt(1 - beta2^t)
 
 
 Row: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """(param, exp_avg, exp_avg_sq, max_exp_avg_sq or None): what an update replaces in one leaf."""
 
 
-def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Scalar | None = None) -> Row:
-    """The next `row`; `step` already counts this update."""
+def coefficients(h: LeafHparams, step: Scalar) -> Coefficients:
+    """The scalars of update number `step`, by operations that can be differentiated to any order."""
+    t, lr, weight_decay = precise(step), precise(h.lr), precise(h.weight_decay)
+    beta1, beta2 = precise(h.beta1), precise(h.beta2)
+    return Coefficients(
+        1 - lr * weight_decay if h.decoupled_weight_decay and not is_number(weight_decay, 0) else 1.0,
+        0.0 if h.decoupled_weight_decay else weight_decay,
+        beta1,
+        beta2,
+        precise(h.eps),
+        lr / (1 - _power(beta1, t)),
+        (1 - _power(beta2, t)) ** 0.5,
+    )
+
+
+def update_leaf(row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad_scale: Scalar | None = None) -> Row:
+    """The next `row`."""
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = row
     wide = compute_dtype(*row)
     # Half types are computed in float32 and rounded once: in float16 eps=1e-8 is 0.
     real = torch.promote_types(as_real(param.to(wide)).dtype, torch.float32)
     p, m, v, g = (as_real(x.to(wide)).to(real) for x in (param, exp_avg, exp_avg_sq, grad))
     u = None if max_exp_avg_sq is None else as_real(max_exp_avg_sq.to(wide)).to(real)
-    b1, b2 = precise(h.beta1), precise(h.beta2)
 
     def scalar(x: Scalar) -> Scalar:
         return x.to(device=param.device, dtype=real) if isinstance(x, Tensor) else x
 
     if grad_scale is not None:
         g = g / scalar(grad_scale)
-    if h.maximize:
+    if maximize:
         g = -g
-    if h.decoupled_weight_decay:
-        p = p * scalar(1 - precise(h.lr) * precise(h.weight_decay))
-    elif isinstance(h.weight_decay, Tensor) or h.weight_decay != 0:
-        g = g + p * scalar(h.weight_decay)
-    m = torch.lerp(m, g, scalar(1 - b1))
-    v = v * scalar(b2) + g * g * scalar(1 - b2)
+    if not is_number(c.decay, 1):
+        p = p * scalar(c.decay)
+    elif not is_number(c.weight_decay, 0):
+        g = g + p * scalar(c.weight_decay)
+    m = torch.lerp(m, g, scalar(1 - c.beta1))
+    v = v * scalar(c.beta2) + g * g * scalar(1 - c.beta2)
     if u is not None:
         u = torch.maximum(u, v)
-    step_size, root_correction = corrections(step, h)
-    denominator = sqrt(v if u is None else u) / scalar(root_correction) + scalar(h.eps)
-    p = p - m / denominator * scalar(step_size)
+    denominator = sqrt(v if u is None else u) / scalar(c.root_correction) + scalar(c.eps)
+    p = p - m / denominator * scalar(c.step_size)
 
     def leaf(x: Tensor, old: Tensor) -> Tensor:
         return with_layout_of(as_leaf(x, old), old)
@@ -69,17 +95,26 @@ def update_leaf(row: Row, grad: Tensor, step: Tensor, h: Scalars, grad_scale: Sc
     return leaf(p, param), leaf(m, exp_avg), leaf(v, exp_avg_sq), largest
 
 
-def corrections(step: Scalar, h: Scalars) -> tuple[Scalar, Scalar]:
-    """`lr / (1 - beta1^step)` and `sqrt(1 - beta2^step)`: numbers if all are numbers, else precise 0-dim tensors."""
-    t = precise(step)
-    return precise(h.lr) / (1 - precise(h.beta1) ** t), (1 - precise(h.beta2) ** t) ** 0.5
-
-
 def precise(x: Scalar) -> Scalar:
     """`x` in float64, where 1 - 0.999^t keeps its digits (in float32 it is off by 1e-5, relative)."""
     if not isinstance(x, Tensor):
         return float(x)
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def is_number(x: Scalar, value: float) -> bool:
+    """Whether `x` is known to be the number `value`; a tensor is not read."""
+    return not isinstance(x, Tensor) and x == value
+
+
+def _power(base: Scalar, t: Scalar) -> Scalar:
+    """`base ** t`. Its derivative with respect to t is base^t log(base), which counts as 0 at base 0."""
+    if not isinstance(t, Tensor) or not may_be_differentiated(t) or not (isinstance(base, Tensor) or base == 0):
+        return base**t
+    if not isinstance(base, Tensor):
+        return base ** t.detach()
+    zero = base == 0
+    return torch.where(zero, base ** t.detach(), torch.where(zero, 1.0, base) ** t)
 
 
 def sqrt(v: Tensor) -> Tensor:
@@ -91,13 +126,3 @@ def sqrt(v: Tensor) -> Tensor:
 def compute_dtype(*buffers: Tensor | None) -> torch.dtype:
     """The widest dtype among a parameter and its moments, which gradients are cast to."""
     return reduce(torch.promote_types, {buffer.dtype for buffer in buffers if buffer is not None})
-
-
-def as_real(x: Tensor) -> Tensor:
-    """Real and imaginary parts of a complex leaf are independent to Adam."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def as_leaf(real: Tensor, leaf: Tensor) -> Tensor:
-    """`real`, which `as_real` made of something like `leaf`, in the dtype of `leaf`."""
-    return (torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype)

@@ -18,7 +18,6 @@ from functional_adam.tensors.layouts import foreign_layout
 from functional_adam.tensors.tracking import class_fault, is_readable, is_tracing
 from functional_adam.tensors.trees import flatten, leaves_of
 
-Scalar: TypeAlias = float | Tensor
 ScalarTree: TypeAlias = Any
 """A `Scalar`, or a pytree of them that is a prefix of params. optree sets no bound on what a node is."""
 

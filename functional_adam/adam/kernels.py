@@ -1,71 +1,84 @@
 """torch's three Adam kernels: in place, on lists of leaves that each of them can take as they are.
 
-Each is a generator that pauses once, when all memory is there that it will need and nothing is written.
+Each kernel is a record in `KERNELS`. What runs it is a generator that pauses once, when all memory is there that it
+will need and nothing is written.
 
 The private torch names `_fused_adam_`, `_fused_adamw_` and `_foreach_*` stand only here.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import Scalars, corrections, precise, update_leaf
-from functional_adam.adam.hparams import Scalar
+from functional_adam.adam.equations import Coefficients, LeafHparams, coefficients, is_number, update_leaf
+from functional_adam.tensors.batch import Batch, Scalar
 from functional_adam.tensors.layouts import strides_like
-from functional_adam.tensors.leaves import Buffers
-from functional_adam.tensors.tracking import is_intercepted
+from functional_adam.tensors.tracking import is_host_memory, is_intercepted
 
+KernelName: TypeAlias = Literal["auto", "single", "foreach", "fused"]
+Devices: TypeAlias = Collection[torch.device]
+
+_ops: Any = torch
 _fused_adam_: Any = getattr(torch, "_fused_adam_", None)
 _fused_adamw_: Any = getattr(torch, "_fused_adamw_", None)
+_FUSED_DEVICES = ("cpu", "cuda")  # where its meaning was checked
 
 
-class Batch(NamedTuple):
-    """Leaves of one device, real dtype and set of scalars; for fused one dense layout a leaf."""
+class Kernel(NamedTuple):
+    """A way to compute an update of leaves of one device, real dtype and set of hyperparameters."""
 
-    buffers: Buffers
-    grads: list[Tensor]
-    steps: list[Tensor]  # one a leaf, which already count this update
-    scalars: Scalars
+    name: str
+    run: Callable[[Batch, LeafHparams, Scalar | None, Tensor | None], Iterator[None]]
+    """Update a batch, whose steps already count this update, given `grad_scale` and `found_inf`."""
+    obstacle: Callable[[Devices, Sequence[LeafHparams]], str | None]
+    """Why it cannot run on leaves on these devices, with these sets of hyperparameters; None if it can."""
+    needs_one_layout: bool
+    """Whether all tensors of a leaf must be dense and laid out alike."""
+    takes_found_inf: bool
+    """Whether it divides by `grad_scale` and skips by `found_inf` itself; it then writes to the gradients."""
+
+    def on(
+        self,
+        device: torch.device,
+        h: LeafHparams,
+        grad_scale: Scalar | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Callable[[Batch], Iterator[None]]:
+        """What updates a batch on `device` with these scalars."""
+        h = h.map(lambda x: x.to(device))
+        return lambda batch: self.run(batch, h, grad_scale, found_inf)
 
 
-def missing_operation(kernel: str) -> str | None:
-    """What `kernel` is made of and this torch does not have, or None."""
-    if kernel == "foreach" and not hasattr(torch, "_foreach_addcdiv_"):
-        return "torch._foreach_addcdiv_"
-    if kernel == "fused" and (_fused_adam_ is None or _fused_adamw_ is None):
-        return "torch._fused_adam_"
-    return None
-
-
-def run_single(batch: Batch) -> Iterator[None]:
+def _run_single(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
     """`torch.optim.Adam(foreach=False)`; the equations where a scalar cannot be read."""
-    h, rows = batch.scalars, [*batch.buffers.rows()]
-    numbers = [_numbers(h, t) for t in batch.steps]
-    if None in numbers:
-        new = [update_leaf(*given, h) for given in zip(rows, batch.grads, batch.steps, strict=True)]
+    rows, each = [*batch.rows()], _coefficients(batch, h)
+    if any(isinstance(x, Tensor) for c in each for x in c):
+        new = [
+            update_leaf(row, grad, c, maximize=h.maximize) for row, grad, c in zip(rows, batch.grads, each, strict=True)
+        ]
         yield
         for row, values in zip(rows, new, strict=True):
             for buffer, value in zip(row, values, strict=True):
                 if buffer is not None and value is not None:
                     buffer.copy_(value)
         return
-    is_coupled = h.weight_decay != 0 and not h.decoupled_weight_decay
+    is_coupled = not is_number(each[0].weight_decay, 0)
     changed_grads: list[Any] = _scratch(batch.grads) if h.maximize or is_coupled else [None] * len(rows)
-    denominators = _scratch(batch.buffers.exp_avg_sqs)
+    denominators = _scratch(batch.exp_avg_sqs)
     yield
     # Operation for operation: torch's rounding is the contract.
-    everything = zip(rows, batch.grads, changed_grads, denominators, numbers, strict=True)
-    for (p, m, v, u), g, changed_grad, denominator, values in everything:
-        lr, b1, b2, eps, weight_decay, step_size, root_correction = cast("tuple[float, ...]", values)
+    everything = zip(rows, batch.grads, changed_grads, denominators, each, strict=True)
+    for (p, m, v, u), g, changed_grad, denominator, c in everything:
+        decay, weight_decay, b1, b2, eps, step_size, root_correction = cast("tuple[float, ...]", c)
         if h.maximize:
             g = torch.neg(g, out=changed_grad)
         if is_coupled:
             g = torch.add(g, p, alpha=_saturated(weight_decay, p.dtype), out=changed_grad)
-        elif weight_decay != 0:
-            p.mul_(1 - lr * weight_decay)
+        elif decay != 1:
+            p.mul_(decay)
         m.lerp_(g, 1 - b1)
         v.mul_(b2).addcmul_(g, g, value=1 - b2)
         if u is not None:
@@ -80,96 +93,64 @@ def _scratch(leaves: list[Tensor]) -> list[Tensor]:
     return [flat.as_strided(x.shape, strides_like(x)) for x in leaves]
 
 
-class _ForeachTerms(NamedTuple):
-    """All that `run_foreach` has memory for before it writes into the buffers."""
-
-    grads: list[Tensor]  # with sign and coupled weight decay
-    decay: Any  # of decoupled weight decay, or None
-    change: list[Tensor]  # of exp_avg, where beta1 is a tensor
-    scaled: list[Tensor]  # the gradients times 1 - beta2, where beta2 is a tensor
-    denominator: list[Tensor]  # not yet filled, like `direction`
-    direction: list[Tensor]  # where the step size is a tensor
-    root_corrections: list[Scalar]
-    step_sizes: list[Scalar]
-
-
-def _foreach_terms(batch: Batch) -> _ForeachTerms:
-    ops: Any = torch
-    h, g = batch.scalars, batch.grads
-    p, m, v, _ = batch.buffers
-    dtype = p[0].dtype
-    decay = None
-    if h.maximize:
-        g = ops._foreach_neg(g)
-    if isinstance(h.weight_decay, Tensor) or h.weight_decay != 0:
-        if h.decoupled_weight_decay:
-            decay = _for_leaves(1 - precise(h.lr) * precise(h.weight_decay), p)
-        elif isinstance(h.weight_decay, Tensor):
-            g = ops._foreach_add(g, ops._foreach_mul(p, _for_leaves(h.weight_decay, p)))
-        else:
-            g = ops._foreach_add(g, p, alpha=_saturated(h.weight_decay, dtype))
-    change: list[Tensor] = []
-    if isinstance(h.beta1, Tensor):
-        change = ops._foreach_sub(g, m)
-        ops._foreach_mul_(change, _for_leaves(1 - precise(h.beta1), p))
-    scaled: list[Tensor] = []
-    if isinstance(h.beta2, Tensor):
-        scaled = ops._foreach_mul(g, _for_leaves(1 - precise(h.beta2), p))
-    step_sizes, root_corrections = _corrections(batch)
-    return _ForeachTerms(
-        g,
-        decay,
-        change,
-        scaled,
-        [*map(torch.empty_like, v)],
-        [*map(torch.empty_like, m)] if isinstance(step_sizes[0], Tensor) else [],
-        [_beside(x, leaf, dtype) for x, leaf in zip(root_corrections, p, strict=True)],
-        [_beside(x, leaf, _scalar_dtype(dtype)) for x, leaf in zip(step_sizes, p, strict=True)],
-    )
-
-
-def run_foreach(batch: Batch) -> Iterator[None]:
+def _run_foreach(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
     """`torch.optim.Adam(foreach=True)`, operation for operation where the scalars are numbers.
 
     A scalar of shape (members,) belongs to leaves whose first dimension counts members.
     """
-    ops: Any = torch
-    h = batch.scalars
-    p, m, v, u = batch.buffers
-    g, decay, change, scaled, denominator, direction, root_corrections, step_sizes = _foreach_terms(batch)
-    beta2 = _for_leaves(h.beta2, p)
+    p, m, v, u, g, _ = batch
+    dtype, wide, each = p[0].dtype, _scalar_dtype(p[0].dtype), _coefficients(batch, h)
+    c = each[0]
+    has_tensor_size = isinstance(c.step_size, Tensor)
+    if h.maximize:
+        g = _ops._foreach_neg(g)
+    if isinstance(c.weight_decay, Tensor):
+        g = _ops._foreach_add(g, _ops._foreach_mul(p, _for_leaves(c.weight_decay, p)))
+    elif c.weight_decay != 0:
+        g = _ops._foreach_add(g, p, alpha=_saturated(c.weight_decay, dtype))
+    change, scaled = [], []
+    if isinstance(c.beta1, Tensor):
+        change = _ops._foreach_sub(g, m)
+        _ops._foreach_mul_(change, _for_leaves(1 - c.beta1, p))
+    if isinstance(c.beta2, Tensor):
+        scaled = _ops._foreach_mul(g, _for_leaves(1 - c.beta2, p))
+    decay, beta2 = _for_leaves(c.decay, p), _for_leaves(c.beta2, p)
     # With one tensor for all, _foreach_add_ would read its value.
-    eps = [_beside(h.eps, x, x.dtype) for x in p] if isinstance(h.eps, Tensor) else h.eps
+    eps = [_beside(c.eps, x, dtype) for x in p] if isinstance(c.eps, Tensor) else c.eps
+    root_corrections = [_beside(x.root_correction, leaf, dtype) for x, leaf in zip(each, p, strict=True)]
+    step_sizes = [_beside(x.step_size, leaf, wide) for x, leaf in zip(each, p, strict=True)]
+    denominator = [*map(torch.empty_like, v)]
+    direction = [*map(torch.empty_like, m)] if has_tensor_size else []
     yield
-    if decay is not None:
-        ops._foreach_mul_(p, decay)
+    if not is_number(c.decay, 1):
+        _ops._foreach_mul_(p, decay)
     if change:
-        ops._foreach_add_(m, change)
+        _ops._foreach_add_(m, change)
     else:
-        ops._foreach_lerp_(m, g, 1 - h.beta1)
-    ops._foreach_mul_(v, beta2)
+        _ops._foreach_lerp_(m, g, 1 - c.beta1)
+    _ops._foreach_mul_(v, beta2)
     if scaled:
-        ops._foreach_addcmul_(v, scaled, g)
+        _ops._foreach_addcmul_(v, scaled, g)
     else:
-        ops._foreach_addcmul_(v, g, g, 1 - h.beta2)
+        _ops._foreach_addcmul_(v, g, g, 1 - c.beta2)
     if u:
-        ops._foreach_maximum_(u, v)
-    ops._foreach_copy_(denominator, u or v)
-    ops._foreach_sqrt_(denominator)
-    ops._foreach_div_(denominator, root_corrections)
-    ops._foreach_add_(denominator, eps)
+        _ops._foreach_maximum_(u, v)
+    _ops._foreach_copy_(denominator, u or v)
+    _ops._foreach_sqrt_(denominator)
+    _ops._foreach_div_(denominator, root_corrections)
+    _ops._foreach_add_(denominator, eps)
     if direction:
-        ops._foreach_copy_(direction, m)
-        ops._foreach_div_(direction, denominator)
-        ops._foreach_mul_(direction, step_sizes)
-        ops._foreach_sub_(p, direction)
+        _ops._foreach_copy_(direction, m)
+        _ops._foreach_div_(direction, denominator)
+        _ops._foreach_mul_(direction, step_sizes)
+        _ops._foreach_sub_(p, direction)
     else:
-        wide = _scalar_dtype(p[0].dtype)
-        ops._foreach_addcdiv_(p, m, denominator, [_saturated(-cast("float", x), wide) for x in step_sizes])
+        lengths = [_saturated(-cast("float", x), wide) for x in step_sizes]
+        _ops._foreach_addcdiv_(p, m, denominator, lengths)
     _note_writing(batch, [*change, *denominator, *direction])
 
 
-def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Any:
+def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Scalar | list[Scalar]:
     """`x` as an operation on a list of `leaves` takes it: a number, a 0-dim tensor, or a tensor for each leaf."""
     if not isinstance(x, Tensor):
         return x
@@ -177,9 +158,8 @@ def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Any:
     return [_beside(x, leaf, dtype) for leaf in leaves] if x.dim() else x.to(dtype)
 
 
-def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None) -> Iterator[None]:
+def _run_fused(batch: Batch, h: LeafHparams, grad_scale: Scalar | None, found_inf: Tensor | None) -> Iterator[None]:
     """`torch.optim.Adam(fused=True)`: writes unscaled gradients back, and leaves version counters alone."""
-    h = batch.scalars
     # It reads `step` but does not advance it, and skips on a found_inf of exactly 1.0.
     kernel = _fused_adamw_ if h.decoupled_weight_decay else _fused_adam_
     if isinstance(grad_scale, (int, float)):
@@ -189,12 +169,12 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     found = None if found_inf is None else found_inf.to(torch.float32)
     yield
     kernel(
-        batch.buffers.params,
+        batch.params,
         batch.grads,
-        batch.buffers.exp_avgs,
-        batch.buffers.exp_avg_sqs,
-        batch.buffers.max_exp_avg_sqs,
-        batch.steps,
+        batch.exp_avgs,
+        batch.exp_avg_sqs,
+        batch.max_exp_avg_sqs,
+        batch.leaf_steps,
         lr=lr,
         beta1=h.beta1,
         beta2=h.beta2,
@@ -208,15 +188,14 @@ def run_fused(batch: Batch, grad_scale: Scalar | None, found_inf: Tensor | None)
     _note_writing(batch, batch.grads)
 
 
-def _corrections(batch: Batch) -> tuple[Sequence[Scalar], Sequence[Scalar]]:
-    """The step size and the correction of the root for each leaf, each distinct step corrected once."""
-    corrected: dict[int, tuple[Scalar, Scalar]] = {}
+def _coefficients(batch: Batch, h: LeafHparams) -> list[Coefficients]:
+    """The scalars of each leaf, those of a distinct step computed once, and as numbers where `step` can be read."""
+    at: dict[int, Coefficients] = {}
     for t in batch.steps:
-        if id(t) not in corrected:
-            numbers = _numbers(batch.scalars, t)
-            corrected[id(t)] = (numbers[5], numbers[6]) if numbers else corrections(t, batch.scalars)
-    step_sizes, root_corrections = zip(*(corrected[id(t)] for t in batch.steps), strict=True)
-    return step_sizes, root_corrections
+        if id(t) not in at:
+            is_number = is_host_memory(t) and not t.dim() and not any(isinstance(x, Tensor) for x in h)
+            at[id(t)] = coefficients(h, t.item() if is_number else t)
+    return [at[id(t)] for t in batch.leaf_steps]
 
 
 def _note_writing(batch: Batch, others: list[Tensor]) -> None:
@@ -225,7 +204,7 @@ def _note_writing(batch: Batch, others: list[Tensor]) -> None:
     The mode of selective activation checkpointing then refuses to use what it has kept.
     """
     if is_intercepted():
-        torch.autograd.graph.increment_version([*batch.buffers.flat, *others])
+        torch.autograd.graph.increment_version([*batch.buffers, *others])
 
 
 def _beside(x: Scalar, leaf: Tensor, dtype: torch.dtype) -> Scalar:
@@ -245,8 +224,64 @@ def _saturated(x: float, dtype: torch.dtype) -> float:
     return math.copysign(math.inf, x) if abs(x) > torch.finfo(dtype).max else x
 
 
-def _numbers(h: Scalars, t: Tensor) -> tuple[float, ...] | None:
-    """lr, beta1, beta2, eps, weight_decay and the corrections as Python numbers; None if one cannot be read here."""
-    if t.device.type != "cpu" or type(t) is not Tensor or t.dim() or any(isinstance(x, Tensor) for x in h):
-        return None
-    return cast("tuple[float, ...]", (*h[:5], *corrections(t.item(), h)))
+def _no_single(devices: Devices, sets: Sequence[LeafHparams]) -> None:  # noqa: ARG001
+    return None
+
+
+def _no_foreach(devices: Devices, sets: Sequence[LeafHparams]) -> str | None:  # noqa: ARG001
+    return None if hasattr(torch, "_foreach_addcdiv_") else "this torch has no torch._foreach_addcdiv_"
+
+
+def _no_fused(devices: Devices, sets: Sequence[LeafHparams]) -> str | None:
+    if _fused_adam_ is None or _fused_adamw_ is None:
+        return "this torch has no torch._fused_adam_"
+    for device in devices:
+        if device.type not in _FUSED_DEVICES:
+            return f"there are leaves on {device}, and it runs on {' and '.join(_FUSED_DEVICES)} only"
+    for name in ("beta1", "beta2", "eps", "weight_decay"):
+        values = [x for h in sets if isinstance(x := getattr(h, name), Tensor)]
+        if not all(map(is_host_memory, values)):
+            return f"{name} is a tensor outside the host's memory, and it takes numbers only (lr may be a tensor)"
+    return None
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("fused", _run_fused, _no_fused, needs_one_layout=True, takes_found_inf=True),
+        Kernel("foreach", _run_foreach, _no_foreach, needs_one_layout=False, takes_found_inf=False),
+        Kernel("single", _run_single, _no_single, needs_one_layout=False, takes_found_inf=False),
+    )
+}
+"""The fastest first."""
+KERNEL_NAMES: tuple[str, ...] = get_args(KernelName)
+
+
+def check_kernel_name(kernel: object) -> None:
+    """Raise ValueError unless there is such a kernel."""
+    if not isinstance(kernel, str) or kernel not in KERNEL_NAMES:
+        raise ValueError(f"kernel is {kernel!r}. Expected one of {', '.join(map(repr, KERNEL_NAMES))}.")
+
+
+def select_kernel(name: str, devices: Devices, sets: Sequence[LeafHparams]) -> Kernel:
+    """The kernel that runs: the one asked for, or for "auto" the fastest that can."""
+    if name == "auto":
+        return next(kernel for kernel in KERNELS.values() if kernel.obstacle(devices, sets) is None)
+    reason = KERNELS[name].obstacle(devices, sets)
+    if reason:
+        raise RuntimeError(f"kernel={name!r} cannot run here: {reason}. Use kernel='auto'.")
+    return KERNELS[name]
+
+
+def check_numbers(sets: Sequence[LeafHparams], steps: Sequence[Tensor]) -> None:
+    """Raise ValueError for betas and steps that have no bias correction, where kernels fail half-way or give NaN.
+
+    `steps` are those that can be read, and do not count this update yet.
+    """
+    for h in sets:
+        for index, beta in enumerate((h.beta1, h.beta2)):
+            if not isinstance(beta, Tensor) and not 0.0 <= beta < 1.0:
+                raise ValueError(f"hparams.betas[{index}] is {beta}. Expected a number in [0, 1).")
+    least = (steps[0] if len(steps) == 1 else torch.stack([*steps]).amin()).item() if steps else 0
+    if not least >= 0:  # which NaN is not
+        raise ValueError(f"state.step is {least:g}. Expected a number of updates >= 0.")

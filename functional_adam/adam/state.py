@@ -1,6 +1,6 @@
 """AdamState, and how it begins."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,10 +8,7 @@ from torch import Tensor
 from functional_adam.adam.hparams import AdamHparams, check_flag, check_hparams_type
 from functional_adam.tensors.leaves import DTYPES, MASTER_DTYPES, check_params
 from functional_adam.tensors.printing import shown
-from functional_adam.tensors.trees import flatten, leaves_of, path_of, unflatten
-
-TensorTree: TypeAlias = Any
-"""A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
+from functional_adam.tensors.trees import TensorTree, flatten, labels_of, leaves_of, path_of, unflatten
 
 
 class AdamState(NamedTuple):
@@ -103,7 +100,7 @@ def adam_init(
     check_flag(per_leaf_step, "per_leaf_step")
     check_flag(master_params, "master_params")
     leaves, treespec = flatten(params)
-    check_params(leaves, treespec)
+    check_params(leaves, labels_of(treespec))
     with torch.no_grad():
         if per_leaf_step:
             step: TensorTree = unflatten(treespec, [_zero_step(leaf.device) for leaf in leaves], params)

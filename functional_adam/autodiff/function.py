@@ -1,28 +1,35 @@
 """One torch.autograd.Function around a kernel call: its derivatives and its batching rule, by hand.
 
-The forward pass runs the kernel. The derivatives are plain differentiable operations, so that they can be
-differentiated and mapped again: `torch.func` inside them would break saved-tensor hooks and nested forward mode.
+The forward pass runs the kernel. Hyperparameters and steps that are differentiated reach the leaves as coefficients,
+which are computed outside of the Function by plain operations; its derivatives answer for the coefficients alone. They
+are plain differentiable operations, so that they can be differentiated and mapped again: `torch.func` inside them
+would break saved-tensor hooks and nested forward mode.
 """
 
 import inspect
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from functional_adam.adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, point_at
-from functional_adam.adam.equations import Scalars, as_leaf, as_real, compute_dtype, precise
-from functional_adam.adam.hparams import Scalar
-from functional_adam.adam.scalars import Local, Numbers, local_scalars, numbers_jvp, numbers_vjp, reached_by
-from functional_adam.autodiff.batching import run_batched
+from functional_adam.adam.equations import Coefficients, LeafHparams, coefficients, compute_dtype, is_number
+from functional_adam.autodiff.batching import Spec, run, run_batched
 from functional_adam.autodiff.mapping import call_under_vmap
-from functional_adam.autodiff.packing import Parts, Spec, run, unpack, unpack_buffers
-from functional_adam.autodiff.pieces import Columns, cut_into_pieces, flattened, join, put_together, split
-from functional_adam.tensors.leaves import Buffers
+from functional_adam.tensors.batch import Batch, Scalar
+from functional_adam.tensors.layouts import as_leaf, as_real
+from functional_adam.tensors.pieces import Columns, Piece, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.tensors.recycling import empty_like
-from functional_adam.tensors.tracking import is_batched_by_engine, is_constant, is_host_value, is_transformed
+from functional_adam.tensors.tracking import (
+    is_batched_by_engine,
+    is_constant,
+    is_host_value,
+    is_transformed,
+    may_be_differentiated,
+)
 
 
 class GrowingGraphWarning(UserWarning):
@@ -39,39 +46,37 @@ class GrowingGraphWarning(UserWarning):
 
 
 _MANY = 100  # updates in a row
+# Derivatives are computed in pieces of so many elements, so that intermediate values stay in the cache.
+_PIECE = 2**17
 
 
 def differentiable_update(
-    kernel: str,
-    buffers: Buffers,
-    grads: list[Tensor],
-    steps: list[Tensor],
-    scalars: Scalars,
-    grad_scale: Tensor | None,
-    *,
-    is_ready: bool,
-) -> Buffers:
-    """The buffers after one update by `kernel`, for leaves of one device and dtype, `is_ready` as in `run_kernel`.
+    kernel: str, batch: Batch, h: LeafHparams, grad_scale: Tensor | None, *, is_ready: bool
+) -> Batch:
+    """`batch` after one update by `kernel`, for leaves of one device and dtype; its steps do not count this update yet.
 
-    There is one of `steps`, which do not count this update yet, or one a leaf.
+    `is_ready`: all leaves are known to be contiguous, without lazy bits, and of one real dtype.
     """
-    dtype = compute_dtype(*next(buffers.rows()))
-    is_real = is_ready or (not dtype.is_complex and all(x.dtype is dtype for x in (*buffers.flat, *grads)))
-    ready = buffers if is_real else buffers.map(lambda x: as_real(x.to(dtype)))
-    real_grads = grads if is_real else [as_real(grad.to(dtype)) for grad in grads]
+    dtype = compute_dtype(*next(batch.rows()))
+    is_real = is_ready or (not dtype.is_complex and all(x.dtype is dtype for x in (*batch.buffers, *batch.grads)))
+    ready = batch if is_real else batch.map(lambda x: as_real(x.to(dtype)))
+    grads = batch.grads if is_real else [as_real(grad.to(dtype)) for grad in batch.grads]
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
         scale = grad_scale.to(grads[0].device)
-        real_grads = [(grad.to(wide) / scale.expand(grad.shape)).to(grad.dtype) for grad in real_grads]
-    flags = scalars.amsgrad, scalars.maximize, scalars.decoupled_weight_decay
-    spec = Spec(kernel, len(grads), *flags, is_ready=is_ready)
-    new = unpack_buffers(spec, _apply(spec, *ready.flat, *real_grads, *scalars[:5], *steps))
-    if new.params[0].grad_fn is not None and not is_transformed():
-        _count_updates(new.params[0].grad_fn, ready)
-    if is_real:
-        return new
-    columns = zip(new, buffers, strict=True)
-    return Buffers(*([as_leaf(x, old) for x, old in zip(*pair, strict=True)] for pair in columns))
+        grads = [(grad.to(wide) / scale.expand(grad.shape)).to(grad.dtype) for grad in grads]
+    numbers, flags, steps = h[:5], h[5:], batch.steps
+    given: list[Scalar] = []
+    if any(isinstance(x, Tensor) and may_be_differentiated(x) for x in (*numbers, *steps)):
+        each = [coefficients(h, step + 1) for step in steps]
+        given = [*each[0][:5], *(c.step_size for c in each), *(c.root_correction for c in each)]
+    spec = Spec(kernel, len(grads), len(steps), *flags, is_ready=is_ready)
+    new = _apply(spec, *ready.buffers, *grads, *numbers, *steps, *given)
+    if new[0].grad_fn is not None and not is_transformed():
+        _count_updates(new[0].grad_fn, ready)
+    if not is_real:
+        new = [as_leaf(x, old) for x, old in zip(new, batch.buffers, strict=True)]
+    return batch.with_buffers(new)
 
 
 def advance(step: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ def advance(step: Tensor) -> Tensor:
     return _advance(step) if is_transformed() else step + 1
 
 
-def _count_updates(node: Any, given: Buffers) -> None:
+def _count_updates(node: Any, given: Batch) -> None:
     """Let the `node` of an update know how many updates in a row it ends, and warn when they are many."""
     node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
     if node.update_count == _MANY:
@@ -117,13 +122,12 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, flat = inputs[0], inputs[1:]
-        numbers = unpack(spec, flat).numbers
         ctx.spec = spec
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in numbers]
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in flat]
         # Backward reads parameters only through a weight decay.
-        _, reached = _wanted(ctx)
-        is_coupled = not spec.decoupled_weight_decay and (isinstance(numbers[4], Tensor) or numbers[4] != 0)
-        reads_params = is_coupled or "decay" in reached
+        weight_decay = spec.numbers(flat)[4]
+        is_coupled = not spec.decoupled_weight_decay and not is_number(weight_decay, 0)
+        reads_params = is_coupled or "decay" in _wanted(ctx)
         tensors = [x if isinstance(x, Tensor) else None for x in flat]
         ctx.save_for_forward(*tensors)
         ctx.save_for_backward(*(x if i >= spec.count or reads_params else None for i, x in enumerate(tensors)))
@@ -131,59 +135,50 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
-        buffers, grads, numbers, steps = _saved(ctx)
-        h = spec.scalars(numbers)
-        wanted, reached = _wanted(ctx)
-        incoming = unpack_buffers(spec, cotangents)
+        flat = _saved(ctx)
+        batch, each, wanted = spec.batch(flat), _coefficients(spec, flat), _wanted(ctx)
+        columns, incoming = flattened(batch[:5]), flattened(spec.buffers(cotangents)[:4])
+        # Numbers and steps are answered for by the coefficients.
+        others: list[Any] = [None] * (len(flat) - spec.leaf_count)
+        is_last = not (torch.is_grad_enabled() or is_transformed() or any(map(is_batched_by_engine, cotangents)))
+        if is_last and not (spec.amsgrad or wanted or any(isinstance(x, Tensor) for x in each[0])):
+            outgoing = _plain_vjp(columns, incoming, each, maximize=spec.maximize)
+            return (None, *put_together(outgoing, batch.grads), *others)
 
-        of_numbers: list[Any] = [None] * 5
-        of_steps: list[Any] = [None] * len(steps)
-        columns, incoming_columns = flattened((*buffers, grads)), flattened(incoming)
-        if not (spec.amsgrad or wanted or torch.is_grad_enabled() or is_transformed()):
-            local = [local_scalars(h, _value(step) + 1) for step in steps]
-            if not any(isinstance(x, Tensor) for x in local[0]) and not any(map(is_batched_by_engine, cotangents)):
-                outgoing = _plain_vjp(columns, incoming_columns, h, local)
-                return (None, *put_together(outgoing, grads), *of_numbers, *of_steps)
-
-        outgoing: Columns = [[[] for _ in grads] for _ in range(5)]
-        for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
-            k = 0 if len(steps) == 1 else piece[0][0]
-            t = _value(steps[k]) + 1
-            leaf = join(piece, columns)
-            point = point_at(leaf, h, local_scalars(h, t))
-            leaf_cotangents, scalar_cotangents = leaf_vjp(point, join(piece, incoming_columns), reached, leaf[0])
-            for column, value in zip(outgoing, leaf_cotangents, strict=True):
+        outgoing: Columns = [[[] for _ in batch.grads] for _ in range(5)]
+        of_each = [dict[str, Tensor]() for _ in each]
+        for piece, k in _pieces(batch):
+            point = point_at(join(piece, columns), each[k], maximize=spec.maximize)
+            of_leaf, scalars = leaf_vjp(point, join(piece, incoming), wanted)
+            for column, value in zip(outgoing, of_leaf, strict=True):
                 split(piece, value, column)
-            if wanted:
-                of_local = Local(*map(scalar_cotangents.get, Local._fields))
-                *five, of_step = numbers_vjp(h, t, of_local, wanted)
-                of_numbers = [_plus(x, y) for x, y in zip(of_numbers, five, strict=True)]
-                of_steps[k] = _plus(of_steps[k], of_step)
-        of_numbers = [_as(x, number) for x, number in zip(of_numbers, numbers, strict=True)]
-        of_steps = [_as(x, step) for x, step in zip(of_steps, steps, strict=True)]
+            for name, value in scalars.items():
+                own = of_each[k if name in _PER_STEP else 0]
+                own[name] = own[name] + value if name in own else value
+        if wanted:
+            n = len(batch.steps)
+            of_given = [of_each[0].get(name) for name in Coefficients._fields[:5]]
+            of_given += [of.get(name) for name in _PER_STEP for of in of_each]
+            given = flat[spec.leaf_count + 5 + n :]
+            others[5 + n :] = [_like(x, coefficient) for x, coefficient in zip(of_given, given, strict=True)]
         if not spec.amsgrad:
             del outgoing[3]
-        return (None, *put_together(outgoing, grads), *of_numbers, *of_steps)
+        return (None, *put_together(outgoing, batch.grads), *others)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         spec: Spec = ctx.spec
-        buffers, grads, numbers, steps = _saved(ctx)
-        h = spec.scalars(numbers)
-        buffer_tangents, grad_tangents, number_tangents, step_tangents = unpack(spec, tangents)
-        columns, direction = flattened((*buffers, grads)), flattened((*buffer_tangents, grad_tangents))
-        new: Columns = [[[] for _ in grads] for _ in range(4)]
-        for piece in cut_into_pieces(grads, is_step_shared=len(steps) == 1):
-            k = 0 if len(steps) == 1 else piece[0][0]
-            t = _value(steps[k]) + 1
-            leaf = join(piece, columns)
-            point = point_at(leaf, h, local_scalars(h, t))
-            directions = Numbers(*(None if x is None else precise(x) for x in (*number_tangents, step_tangents[k])))
-            local = numbers_jvp(h, t, directions)
-            row = leaf_jvp(point, join(piece, direction), local, leaf[0])
+        flat = _saved(ctx)
+        batch, each = spec.batch(flat), _coefficients(spec, flat)
+        moving = spec.coefficients(tangents) or [[None] * len(Coefficients._fields)] * len(each)
+        columns, direction = flattened(batch[:5]), flattened(spec.batch(tangents)[:5])
+        new: Columns = [[[] for _ in batch.grads] for _ in range(4)]
+        for piece, k in _pieces(batch):
+            point = point_at(join(piece, columns), each[k], maximize=spec.maximize)
+            row = leaf_jvp(point, join(piece, direction), cast("Any", moving[k]))
             for column, value in zip(new, row, strict=True):
                 split(piece, value, column)
-        return tuple(put_together(new if spec.amsgrad else new[:3], grads))
+        return tuple(put_together(new if spec.amsgrad else new[:3], batch.grads))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -194,11 +189,11 @@ class _Update(torch.autograd.Function):
 _Update.forward.__signature__ = inspect.signature(_Update.forward)
 
 
-def _apply(spec: Spec, *flat: Any) -> tuple[Tensor, ...]:
-    def rule(size: int, dims: tuple[int | None, ...], flat: tuple[Any, ...]) -> Any:
+def _apply(spec: Spec, *flat: Any) -> Sequence[Tensor]:
+    def rule(size: int, dims: Sequence[int | None], flat: Sequence[Any]) -> Any:
         return run_batched(_apply, size, dims, spec, flat)
 
-    apply: Any = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
+    apply: Callable[..., Sequence[Tensor]] = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
     return call_under_vmap(rule, flat) or apply(spec, *flat)
 
 
@@ -235,19 +230,55 @@ def _advance(step: Tensor) -> Tensor:
     def rule(size: int, dims: tuple[int], steps: tuple[Tensor]) -> Any:
         return tuple(zip(_advance_members(size, dims[0], steps[0]), strict=True))
 
-    apply: Any = getattr(_Advance, "apply")  # noqa: B009
+    apply: Callable[[Tensor], Tensor] = getattr(_Advance, "apply")  # noqa: B009
     mapped = call_under_vmap(rule, (step,))
     return mapped[0] if mapped else apply(step)
 
 
-def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, local: list[Local]) -> Columns:
+_PER_STEP = ("step_size", "root_correction")
+
+
+def _wanted(ctx: Any) -> set[str]:
+    """Which coefficients need a cotangent."""
+    spec: Spec = ctx.spec
+    needs = spec.coefficients(ctx.needs_input_grad[1:])
+    return {
+        name for of_step in needs for name, is_needed in zip(Coefficients._fields, of_step, strict=True) if is_needed
+    }
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [number if x is None else x for x, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+
+
+def _coefficients(spec: Spec, flat: Sequence[Any]) -> list[Coefficients]:
+    """Those given for each step, or else, where nobody differentiates with respect to them, those that follow."""
+    h = spec.hparams(spec.numbers(flat))
+    return spec.coefficients(flat) or [coefficients(h, _value(step) + 1) for step in spec.batch(flat).steps]
+
+
+def _value(step: Tensor) -> Scalar:
+    """A number where it can be read, so that coefficients cost nothing."""
+    return step.item() if is_host_value(step) and is_constant(step) else step
+
+
+def _pieces(batch: Batch) -> list[tuple[Piece, int]]:
+    """Pieces of all leaves, each with the place of its step."""
+    is_shared = len(batch.steps) == 1
+    pieces = cut_into_pieces(batch.grads, _PIECE, is_joined=is_shared)
+    return [(piece, 0 if is_shared else piece[0][0]) for piece in pieces]
+
+
+def _plain_vjp(
+    columns: list[list[Any]], incoming: list[list[Any]], each: list[Coefficients], *, maximize: bool
+) -> Columns:
     """The cotangents of (p, m, v, g) where `plain_leaf_vjp` can give them."""
     grads = columns[-1]
     outgoing: Columns = [[[] for _ in grads] for _ in range(4)]
-    is_decayed = local[0].decay != 1 or local[0].weight_decay != 0
+    is_decayed = each[0].decay != 1 or each[0].weight_decay != 0
     if not is_decayed:
         outgoing[0] = [[cotangent] for cotangent in incoming[0]]
-    for piece in cut_into_pieces(grads, is_step_shared=len(local) == 1):
+    for piece in cut_into_pieces(grads, _PIECE, is_joined=len(each) == 1):
         index, start, stop = piece[0]
         is_cut = stop - start < grads[index].numel()
         if is_cut and start == 0:
@@ -256,8 +287,8 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
             for column in outgoing if is_decayed else outgoing[1:]:
                 column[index].append(empty_like(grads[index], wide))
         places = [column[index][0][start:stop] if is_cut else None for column in outgoing]
-        at_step = local[0 if len(local) == 1 else index]
-        values = plain_leaf_vjp(join(piece, columns), join(piece, incoming), h, at_step, places[1:])
+        c = each[0 if len(each) == 1 else index]
+        values = plain_leaf_vjp(join(piece, columns), join(piece, incoming), c, places[1:], maximize=maximize)
         if is_cut and is_decayed:
             outgoing[0][index][0][start:stop] = values[0]
         elif not is_cut:
@@ -266,33 +297,8 @@ def _plain_vjp(columns: list[list[Any]], incoming: list[list[Any]], h: Scalars, 
     return outgoing
 
 
-def _wanted(ctx: Any) -> tuple[list[str], set[str]]:
-    """Which numbers need a cotangent, and which scalars of a leaf they need it from."""
-    spec: Spec = ctx.spec
-    scalars = ctx.needs_input_grad[1 + spec.leaf_count :]
-    wanted = [name for name, needed in zip(Numbers._fields, (*scalars[:5], any(scalars[5:])), strict=True) if needed]
-    return wanted, {x for name in wanted for x in reached_by(name, decoupled=spec.decoupled_weight_decay)}
-
-
-def _saved(ctx: Any) -> Parts:
-    spec: Spec = ctx.spec
-    flat = list(ctx.saved_tensors)
-    for index, number in enumerate(ctx.numbers, spec.leaf_count):
-        if number is not None:
-            flat[index] = number
-    return unpack(spec, flat)
-
-
-def _value(step: Tensor) -> Scalar:
-    """A number where it can be read, so that corrections cost nothing."""
-    return step.item() if is_host_value(step) and is_constant(step) else step
-
-
-def _plus(x: Any, y: Any) -> Any:
-    return y if x is None else x + y
-
-
-def _as(cotangent: Any, like: Any) -> Any:
-    if cotangent is None or not isinstance(like, Tensor):
+def _like(cotangent: Tensor | None, coefficient: Any) -> Tensor | None:
+    """`cotangent` as that of `coefficient`; None for a number."""
+    if cotangent is None or not isinstance(coefficient, Tensor):
         return None
-    return cotangent.to(device=like.device, dtype=like.dtype)
+    return cotangent.to(device=coefficient.device, dtype=coefficient.dtype)

@@ -1,6 +1,6 @@
-"""The arguments of an update, flattened and checked before anything is written."""
+"""Read: the trees of an update become one batch of columns and the numbers of each leaf."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -8,136 +8,194 @@ import torch
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.adam.equations import Scalars
-from functional_adam.adam.hparams import NUMBER_NAMES, AdamHparams, Scalar, check_hparams, number_fault, to_float
-from functional_adam.adam.state import AdamState, TensorTree, is_spent
-from functional_adam.call.facts import Traits, find_traits, list_tensors, recall, remember
-from functional_adam.tensors.leaves import Buffers, check_leaves, check_masters, check_params
-from functional_adam.tensors.trees import broadcast_prefix, flatten_known, flatten_like, is_leaf, learn, path_of
+from functional_adam.adam.equations import LeafHparams
+from functional_adam.adam.hparams import NUMBER_NAMES, AdamHparams, check_hparams, number_fault, to_float
+from functional_adam.adam.state import AdamState, is_spent
+from functional_adam.tensors.batch import BUFFERS, Batch, Scalar
+from functional_adam.tensors.leaves import Label, check_leaves, check_masters, check_params
+from functional_adam.tensors.shards import full_value
+from functional_adam.tensors.tracking import is_readable
+from functional_adam.tensors.trees import (
+    TensorTree,
+    broadcast_prefix,
+    flatten,
+    flatten_like,
+    is_leaf,
+    labels_of,
+)
 
 
 class Arguments(NamedTuple):
-    """What `adam_update` was given."""
+    """What an update was given."""
 
-    treespec: PyTreeSpec
-    buffers: Buffers  # with master parameters in the place of parameters that have one
+    batch: Batch  # with master parameters in the place of parameters that have one; a gradient may be None
     narrow: dict[int, Tensor]  # those parameters, by leaf
-    grads: list[Tensor | None]
-    steps: list[Tensor]  # one if shared, else one a leaf
-    is_step_shared: bool
-    scalars: list[Scalars]  # one a leaf
-    scalar_sets: list[Scalars]  # each of them once
-    grad_scale: Tensor | None  # float32
-    found_inf: Tensor | None  # bool
+    sets: list[LeafHparams]  # the distinct ones
+    places: list[int]  # among them, for each leaf
+    grad_scale: Scalar | None  # float32
+    found_inf: Tensor | bool | None
     others: list[Tensor]  # the tensors that belong to no leaf
-    tensors: list[Tensor]  # every tensor given: buffers, gradients, steps, others
-    has_all_grads: bool  # no gradient is None
-    traits: Traits | None
+    has_own_steps: bool  # a step for each leaf, so that some may be skipped
+    label: Label
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor: buffers, gradients that are not None, steps, narrow parameters, others."""
+        batch, grads = self.batch, self.batch.grads
+        if type(None) in {*map(type, grads)}:
+            grads = [x for x in grads if x is not None]  # pyright: ignore[reportUnnecessaryComparison]
+        return [*batch.buffers, *grads, *batch.steps, *self.narrow.values(), *self.others]
+
+    @property
+    def moving(self) -> list[int]:
+        """The leaves that have a gradient."""
+        return [i for i, x in enumerate(self.batch.grads) if x is not None]  # pyright: ignore[reportUnnecessaryComparison]
+
+    def written(self) -> Iterator[tuple[str, Tensor]]:
+        """What a donation writes: the names of tensors, and they."""
+        for root, column in zip(BUFFERS, self.batch, strict=False):
+            for i, x in enumerate(column):
+                yield self.label("state.master_params" if root == "params" and i in self.narrow else root, i), x
+        for i, x in enumerate(self.batch.steps):
+            yield self.label("state.step", i) if self.has_own_steps else "state.step", x
+        yield from ((self.label("params", i), x) for i, x in self.narrow.items())
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """What a donation reads and does not write."""
+        yield from ((self.label("grads", i), self.batch.grads[i]) for i in self.moving)
+        yield from (("a hyperparameter, grad_scale or found_inf", x) for x in self.others)
+
+    def with_numbers_read(self) -> "Arguments":
+        """The same with Python numbers for hyperparameters that can be read; sets that are equal then are one."""
+        if not self.others:
+            return self
+        places: dict[LeafHparams, int] = {}
+        new = [places.setdefault(h.map(read), len(places)) for h in self.sets]
+        return self._replace(sets=[*places], places=[new[place] for place in self.places])
+
+    def check(self) -> None:
+        """Raise if a tensor does not fit its place."""
+        batch, narrow, label = self.batch, self.narrow, self.label
+        params = [narrow.get(i, x) for i, x in enumerate(batch.params)]
+        check_params(params, label)
+        if narrow:
+            check_masters([*narrow.values()], [batch.params[i] for i in narrow], _picked(label, [*narrow]))
+        check_leaves(batch, label)
+        self._check_steps()
+        if self.others and any(x.is_meta for x in self.others) and not all(x.is_meta for x in batch.params):
+            raise ValueError(
+                "A hyperparameter, grad_scale or found_inf is on meta, where there are no values, but params are not. "
+                "Make it where the parameters are."
+            )
+        if not self.has_own_steps and len(self.moving) < len(batch.grads):
+            missing = next(i for i, x in enumerate(batch.grads) if x is None)  # pyright: ignore[reportUnnecessaryComparison]
+            raise ValueError(
+                f"{label('grads', missing)} is None, but all leaves share one step, which cannot skip one of "
+                "them. Give zeros, or make the state with a step per leaf, which skips the leaf: "
+                "adam_init(..., per_leaf_step=True) or transformation.adam(..., per_leaf_step=True)."
+            )
+
+    def _check_steps(self) -> None:
+        steps, params = self.batch.steps, self.batch.params
+        is_shared = len(steps) == 1
+        for index, param in enumerate(params or [None]):
+            if is_shared and index and param is not None and param.device == steps[0].device:
+                continue
+            fault = _step_fault(steps[0 if is_shared else index], param) if steps else None
+            if fault:
+                error, text = fault
+                where = self.label("state.step", index) if self.has_own_steps else "state.step"
+                raise error(f"{where} {text}")
 
 
-def flatten_arguments(
+def read(x: Any) -> Any:
+    """`x` as a Python number where that costs nothing and hides nothing."""
+    x = full_value(x)
+    return x.item() if isinstance(x, Tensor) and is_readable(x) else x
+
+
+def read_arguments(
     params: TensorTree,
     grads: TensorTree,
     state: AdamState,
     hparams: AdamHparams,
-    grad_scale: Scalar | None,
-    found_inf: Scalar | None,
-) -> Arguments:
-    """Flatten all trees like `params` and raise if anything is wrong with them."""
+    grad_scale: Scalar | None = None,
+    found_inf: Scalar | None = None,
+) -> tuple[Arguments, PyTreeSpec]:
+    """All trees, flattened like `params`, whose structure comes back too; raise if they differ in structure."""
     _check_types(grads, state, hparams)
-    try:
-        return _flatten(params, grads, state, hparams, grad_scale, found_inf)
-    except (TypeError, ValueError):
-        # A node that is met for the first time was taken for a leaf, which is no tensor.
-        if not learn(flatten_known(params)[0]):
-            raise
-    return flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-
-
-def _flatten(
-    params: TensorTree,
-    grads: TensorTree,
-    state: AdamState,
-    hparams: AdamHparams,
-    grad_scale: Scalar | None,
-    found_inf: Scalar | None,
-) -> Arguments:
-    scale = None if grad_scale is None else _zero_dim(grad_scale, "grad_scale").to(torch.float32)
-    found = None if found_inf is None else _zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
-    param_leaves, treespec = flatten_known(params)
-    steps = _flatten_steps(state, treespec, params)
-    wide_params, narrow = _with_masters(param_leaves, state, treespec, params)
-    buffers = Buffers(
-        params=wide_params,
-        exp_avgs=flatten_like(treespec, state.exp_avg, "state.exp_avg", params),
-        exp_avg_sqs=flatten_like(treespec, state.exp_avg_sq, "state.exp_avg_sq", params),
-        max_exp_avg_sqs=_flatten_maxima(state, hparams, treespec, params),
-    )
-    grad_leaves = flatten_like(treespec, grads, "grads", params)
-    is_step_shared = isinstance(state.step, Tensor)
-    flags = (hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay)
-    scalars, sets, others = _scalars_of(hparams, params, len(param_leaves), flags)
-    others += [x for x in (scale, found) if x is not None]
-    listed = list_tensors(buffers, grad_leaves, steps, [*others, *narrow.values()])
-    traits = recall(listed)
-    if traits is None:
-        traits = find_traits(listed, buffers, grad_leaves)
-        if traits is None:
-            check_leaves(buffers, grad_leaves, treespec)
-        _check_steps(steps, buffers.params, is_step_shared, treespec)
-        if traits is not None:
-            remember(listed, traits)
-    _check_others(others, buffers.params)
-    # A bare tensor's shared step is its own.
-    if is_step_shared and not listed.has_all_grads and not treespec.is_leaf():
-        missing = next(index for index, grad in enumerate(grad_leaves) if grad is None)
-        raise ValueError(
-            f"{path_of(treespec, missing, 'grads')} is None, but all leaves share one step, which cannot skip one of "
-            "them. Give zeros, or make the state with a step per leaf, which skips the leaf: "
-            "adam_init(..., per_leaf_step=True) or transformation.adam(..., per_leaf_step=True)."
-        )
-    return Arguments(
-        treespec,
-        buffers,
-        narrow,
-        grad_leaves,
+    scale = None if grad_scale is None else zero_dim(grad_scale, "grad_scale").to(torch.float32)
+    found = None if found_inf is None else zero_dim(found_inf, "found_inf") != 0  # NaN != 0 holds
+    leaves, treespec = flatten(params)
+    has_own_steps = not isinstance(state.step, Tensor)
+    steps = _flatten_steps(state, treespec, params) if has_own_steps else [state.step]
+    masters: list[Any] = []
+    if not _is_absent(state.master_params):
+        masters = flatten_like(treespec, state.master_params, "state.master_params", params)
+    narrow = {i: leaves[i] for i, master in enumerate(masters) if not _is_absent(master)}
+    batch = Batch(
+        [masters[i] if i in narrow else x for i, x in enumerate(leaves)] if narrow else leaves,
+        flatten_like(treespec, state.exp_avg, "state.exp_avg", params),
+        flatten_like(treespec, state.exp_avg_sq, "state.exp_avg_sq", params),
+        _flatten_maxima(state, hparams, treespec, params),
+        flatten_like(treespec, grads, "grads", params),
         steps,
-        is_step_shared,
-        scalars,
-        sets,
-        scale,
-        found,
-        others,
-        listed.tensors,
-        listed.has_all_grads,
-        traits,
     )
+    sets, places, others = numbers_of(hparams, params, len(leaves))
+    others += [x for x in (scale, found) if x is not None]
+    # A bare tensor's shared step is its own.
+    return Arguments(
+        batch, narrow, sets, places, scale, found, others, has_own_steps or treespec.is_leaf(), labels_of(treespec)
+    ), treespec
 
 
-def _scalars_of(
-    hparams: AdamHparams, params: TensorTree, count: int, flags: tuple[bool, bool, bool]
-) -> tuple[list[Scalars], list[Scalars], list[Tensor]]:
-    """The numbers that each leaf meets, each set of them once, and each tensor among them once.
+def numbers_of(
+    hparams: AdamHparams, params: TensorTree, count: int
+) -> tuple[list[LeafHparams], list[int], list[Tensor]]:
+    """The distinct sets of numbers, the place among them of that of each leaf, and each tensor among them once.
 
     Kernels compute in Python's floats, whatever kind of number was given.
     """
     numbers = hparams.numbers()
+    flags = hparams.amsgrad, hparams.maximize, hparams.decoupled_weight_decay
     if all(type(x) is float or isinstance(x, (Tensor, Real)) for x in numbers):
         lr, beta1, beta2, eps, weight_decay = (x if isinstance(x, Tensor) else float(x) for x in numbers)
-        shared = Scalars(lr, beta1, beta2, eps, weight_decay, *flags)
-        return [shared] * count, [shared], _distinct(x for x in numbers if isinstance(x, Tensor))
+        shared = LeafHparams(lr, beta1, beta2, eps, weight_decay, *flags)
+        return [shared], [0] * count, _distinct(x for x in numbers if isinstance(x, Tensor))
     columns = [
         [x if isinstance(x, Tensor) else float(x) for x in broadcast_prefix(number, name, params)]
         for number, name in zip(numbers, NUMBER_NAMES, strict=True)
     ]
     tensors = _distinct(x for column in columns for x in column if isinstance(x, Tensor))
-    places = {x: place for place, x in enumerate(tensors)}
-    sets: dict[tuple[Any, ...], Scalars] = {}
-    scalars: list[Scalars] = []
-    for row in zip(*columns, *([flag] * count for flag in flags), strict=True):
-        key = tuple(("tensor", places[x]) if isinstance(x, Tensor) else x for x in row)
-        scalars.append(sets.setdefault(key, Scalars(*row)))
-    return scalars, [*sets.values()], tensors
+    place_of_tensor = {x: place for place, x in enumerate(tensors)}
+    place_of: dict[tuple[object, ...], int] = {}
+    sets: list[LeafHparams] = []
+    places: list[int] = []
+    for row in zip(*columns, strict=True):
+        key = tuple(("tensor", place_of_tensor[x]) if isinstance(x, Tensor) else x for x in row)
+        if key not in place_of:
+            place_of[key] = len(sets)
+            sets.append(LeafHparams(*row, *flags))
+        places.append(place_of[key])
+    return sets, places, tensors
+
+
+def zero_dim(value: Any, name: str) -> Tensor:
+    """A number or 0-dim tensor as a tensor."""
+    if not isinstance(value, Tensor):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
+        return torch.tensor(to_float(value, name), dtype=torch.float64, device="cpu")
+    fault = number_fault(value)
+    if fault:
+        raise TypeError(f"{name} {fault}")
+    if value.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
+    return value
+
+
+def _picked(label: Label, indices: list[int]) -> Label:
+    return lambda root, index: label(root, indices[index])
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -152,41 +210,6 @@ def _check_types(grads: Any, state: Any, hparams: Any) -> None:
     if not isinstance(state, AdamState):
         raise TypeError(f"state is of type {type(state).__name__}, expected the AdamState of adam_init. {order}")
     check_hparams(hparams)
-
-
-def _with_masters(
-    leaves: list[Any], state: AdamState, treespec: PyTreeSpec, params: TensorTree
-) -> tuple[list[Any], dict[int, Tensor]]:
-    """`leaves` with masters in the place of those that have one, and these leaves."""
-    if _is_absent(state.master_params):
-        return leaves, {}
-    check_params(leaves, treespec)
-    masters = flatten_like(treespec, state.master_params, "state.master_params", params)
-    check_masters(leaves, masters, treespec)
-    has_master = [not _is_absent(master) for master in masters]
-    wide = [m if has else x for x, m, has in zip(leaves, masters, has_master, strict=True)]
-    return wide, {i: x for i, (x, has) in enumerate(zip(leaves, has_master, strict=True)) if has}
-
-
-def _zero_dim(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
-        return torch.tensor(to_float(value, name), dtype=torch.float64, device="cpu")
-    fault = number_fault(value)
-    if fault:
-        raise TypeError(f"{name} {fault}")
-    if value.shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
-    return value
-
-
-def _check_others(others: list[Tensor], params: list[Tensor]) -> None:
-    if others and any(x.is_meta for x in others) and not all(x.is_meta for x in params):
-        raise ValueError(
-            "A hyperparameter, grad_scale or found_inf is on meta, where there are no values, but params are not. "
-            "Make it where the parameters are."
-        )
 
 
 def _is_absent(tree: Any) -> bool:
@@ -204,25 +227,12 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
 
 
 def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
-    if isinstance(state.step, Tensor):
-        return [state.step]
     if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or is_leaf(state.step)):
         raise TypeError(
             f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
             "like params, as adam_init makes."
         )
     return flatten_like(treespec, state.step, "state.step", params)
-
-
-def _check_steps(steps: list[Any], params: list[Tensor], is_shared: bool, treespec: PyTreeSpec) -> None:
-    for index, param in enumerate(params or [None]):
-        if is_shared and index and param is not None and param.device == steps[0].device:
-            continue
-        fault = _step_fault(steps[0 if is_shared else index], param) if steps else None
-        if fault:
-            error, text = fault
-            where = "state.step" if is_shared else path_of(treespec, index, "state.step")
-            raise error(f"{where} {text}")
 
 
 def _step_fault(step: Any, param: Tensor | None) -> tuple[type[Exception], str] | None:

@@ -1,19 +1,20 @@
 """explain: which kernel would compute an update, on which leaves together, and on copies of what."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import Scalars, compute_dtype
-from functional_adam.adam.hparams import AdamHparams, Scalar
-from functional_adam.adam.planning import FASTEST_FIRST, KernelName, Plan, group_leaves, obstacle
-from functional_adam.adam.state import AdamState, TensorTree
-from functional_adam.call.arguments import Arguments, flatten_arguments
-from functional_adam.call.dispatch import EQUATIONS, Way, select_way
-from functional_adam.tensors.leaves import BUFFER_NAMES, local_shard, placement_change
-from functional_adam.tensors.trees import flatten
+from functional_adam.adam.hparams import AdamHparams
+from functional_adam.adam.kernels import KernelName
+from functional_adam.adam.state import AdamState
+from functional_adam.call.arguments import Arguments, read_arguments
+from functional_adam.call.plan import EQUATIONS, Group, Plan, plan_update
+from functional_adam.tensors.batch import BUFFERS, Scalar
+from functional_adam.tensors.shards import local_shard
+from functional_adam.tensors.staging import GRADS
+from functional_adam.tensors.trees import TensorTree, flatten
 
 
 class LeafGroup(NamedTuple):
@@ -118,102 +119,66 @@ def explain(
 
     Source: the choice is described in docs/kernels.md.
     """
-    given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    way = select_way(given, kernel, donate=donate)
-    moving = [] if way.found_inf is True else [i for i, grad in enumerate(given.grads) if grad is not None]
-    paths = given.treespec.accessors()
-    groups: list[LeafGroup] = []
-    for group in group_leaves(given.buffers.take(moving), [way.scalars[i] for i in moving]):
-        indices = [moving[i] for i in group.indices]
-        leaves = given.buffers.take(indices).params
-        names = [paths[i].codify("params") for i in indices]
-        elements = sum(_local(x).numel() for x in leaves)
-        h = _hparams_of(way.scalars[indices[0]])
-        # Half types are computed in float32 by the equations.
-        dtype = torch.promote_types(group.dtype, torch.float32) if way.kernel == EQUATIONS else group.dtype
-        groups.append(LeafGroup(leaves[0].device, dtype, names, elements, h))
-    is_moving = {*moving}
-    still = [path.codify("params") for i, path in enumerate(paths) if i not in is_moving]
+    given, _ = read_arguments(params, grads, state, hparams, grad_scale, found_inf)
+    plan, given = plan_update(given, kernel, donate=donate, is_explained=True)
+    groups = [] if given.found_inf is True else plan.groups
+    moving = {i for group in groups for i in group.indices}
+    still = [given.label("params", i) for i in range(len(given.batch.params)) if i not in moving]
     found: dict[tuple[str, str], list[tuple[str, int]]] = {}
-    for root, index, nbytes, why in (*_results(given, way, donate=donate), *_copies(given, way, moving, donate=donate)):
-        found.setdefault((root, why), []).append((paths[index].codify(root), nbytes))
+    for root, index, nbytes, why in (*_results(plan, given, donate=donate), *_copies(given, groups)):
+        found.setdefault((root, why), []).append((given.label(root, index), nbytes))
     memory = [NewMemory([name for name, _ in x], sum(n for _, n in x), why) for (_, why), x in found.items()]
-    return Explanation(way.watched_by, way.kernel, _reasons(given, way, kernel), groups, still, memory)
+    leaf_groups = [_leaf_group(plan, given, group) for group in groups]
+    return Explanation(plan.watched_by, plan.kernel, plan.why, leaf_groups, still, memory)
 
 
-def _hparams_of(h: Scalars) -> AdamHparams:
-    tree: Any = AdamHparams(amsgrad=h.amsgrad, maximize=h.maximize, decoupled_weight_decay=h.decoupled_weight_decay)
-    lr, beta1, beta2, eps, weight_decay = h[:5]
+def _leaf_group(plan: Plan, given: Arguments, group: Group) -> LeafGroup:
+    leaves = [given.batch.params[i] for i in group.indices]
+    h = given.sets[given.places[group.indices[0]]]
+    tree = AdamHparams(amsgrad=h.amsgrad, maximize=h.maximize, decoupled_weight_decay=h.decoupled_weight_decay)
     # By unflatten, which checks no values: what the update takes can be explained.
-    return cast("Any", flatten(tree)[1].unflatten((lr, beta1, beta2, eps, weight_decay)))
-
-
-def _reasons(given: Arguments, way: Way, asked: str) -> dict[str, str]:
-    if way.kernel == EQUATIONS:
-        opaque = f"is opaque to {way.watched_by}"
-        return {**dict.fromkeys(FASTEST_FIRST, opaque), EQUATIONS: "plain operations, which every watcher can follow"}
-    devices, sets = {x.device for x in given.buffers.params}, [*{id(h): h for h in way.scalars}.values()]
-    reasons: dict[str, str] = {}
-    for name in FASTEST_FIRST:
-        if name == way.kernel:
-            why = "the fastest that can" if asked == "auto" else "asked for"
-            within = f", within an autograd.Function: watched by {way.watched_by}"
-            reasons[name] = why + (within if way.watched_by else "")
-        else:
-            other = f"{way.kernel} is faster" if asked == "auto" else f"{way.kernel} was asked for"
-            reasons[name] = obstacle(name, devices, sets) or other
-    return reasons
+    numbers = flatten(tree)[1].unflatten(h[:5])
+    # Half types are computed in float32 by the equations.
+    dtype = group.stage.dtype
+    dtype = torch.promote_types(dtype, torch.float32) if plan.kernel == EQUATIONS else dtype
+    names = [given.label("params", i) for i in group.indices]
+    return LeafGroup(
+        leaves[0].device, dtype, names, sum(_local(x).numel() for x in leaves), cast("AdamHparams", numbers)
+    )
 
 
 _Found: TypeAlias = Iterator[tuple[str, int, int, str]]
 """Root and index of a leaf, bytes, reason."""
 
 
-def _results(given: Arguments, way: Way, *, donate: bool) -> _Found:
+def _results(plan: Plan, given: Arguments, *, donate: bool) -> _Found:
     """The tensors that an update without donation returns, and those in which a watched one computes."""
     why = "is a result, and old values stay: nothing is donated"
-    if donate and way.watched_by:
-        why = f"is computed apart, then copied into donated memory: watched by {way.watched_by}"
-    if not donate or way.watched_by:
-        for root, column in zip(BUFFER_NAMES, given.buffers, strict=True):
+    if donate and plan.watched_by:
+        why = f"is computed apart, then copied into donated memory: watched by {plan.watched_by}"
+    if not donate or plan.watched_by:
+        for root, column in zip(BUFFERS, given.batch, strict=False):
             for index, x in enumerate(column):
                 yield _owner(given, root, index), index, _local(x).nbytes, why
     for index, x in given.narrow.items():
-        if given.grads[index] is not None:
+        if given.batch.grads[index] is not None:  # pyright: ignore[reportUnnecessaryComparison]
             yield "params", index, _local(x).nbytes, "is rounded from its master"
         elif not donate:
             yield "params", index, _local(x).nbytes, why
 
 
-def _copies(given: Arguments, way: Way, moving: list[int], *, donate: bool) -> _Found:
+def _copies(given: Arguments, groups: list[Group]) -> _Found:
     """What the kernel cannot take as it is."""
-    if way.kernel == EQUATIONS:
-        return
-    for index in moving:
-        given_row = [given.buffers.params[index], *(column[index] for column in given.buffers[1:] if column)]
-        grad: Any = given.grads[index]
-        dtype, has_found_inf = compute_dtype(*given_row), isinstance(way.found_inf, Tensor)
-        plan = Plan(way.kernel, dtype, has_grad_scale=way.grad_scale is not None, has_found_inf=has_found_inf)
-        # Where somebody watches, gradients are zeroed and results chosen outside of the kernel.
-        chosen = "is chosen by found_inf, whose value is not read" if way.watched_by and has_found_inf else None
-        # Without donation the kernel gets copies already, which are dense.
-        row = [_local(x, is_copy=not donate) for x in given_row]
-        for root, x in zip(BUFFER_NAMES, row, strict=False):
-            why = chosen or plan.why_copied(x, row[0], is_grad=False)
-            if why:
-                yield _owner(given, root, index), index, x.numel() * dtype.itemsize, why
-        if placement_change(grad, given_row[0]) is None:
-            why = chosen or plan.why_copied(_local(grad), row[0], is_grad=True)
-        else:
-            why = "is redistributed to the placements of its parameter"
-        if why:
-            yield "grads", index, row[0].numel() * dtype.itemsize, why
+    for group in groups:
+        for (column, place), why in group.reasons.items():
+            index = group.indices[place]
+            root = "grads" if column == GRADS else _owner(given, BUFFERS[column], index)
+            yield root, index, _local(given.batch.params[index]).numel() * group.stage.dtype.itemsize, why
 
 
-def _local(x: Tensor, *, is_copy: bool = False) -> Tensor:
+def _local(x: Tensor) -> Tensor:
     with torch.no_grad():
-        x = local_shard(x)
-        return torch.empty_like(x, device="meta") if is_copy else x
+        return local_shard(x)
 
 
 def _owner(given: Arguments, root: str, index: int) -> str:

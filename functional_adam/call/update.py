@@ -1,27 +1,31 @@
-"""adam_update: run what computes the update, and put the trees together again."""
+"""adam_update: read, plan, run, write."""
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import update_leaf
-from functional_adam.adam.hparams import AdamHparams, Scalar
-from functional_adam.adam.planning import KernelName, group_leaves, run_kernel
-from functional_adam.adam.state import AdamState, TensorTree
+from functional_adam.adam.equations import LeafHparams, Row, coefficients, update_leaf
+from functional_adam.adam.hparams import AdamHparams
+from functional_adam.adam.kernels import KERNELS, KernelName
+from functional_adam.adam.state import AdamState
 from functional_adam.autodiff.function import advance, differentiable_update
-from functional_adam.call.arguments import Arguments, flatten_arguments
-from functional_adam.call.compiled_donation import checked_steps
-from functional_adam.call.dispatch import EQUATIONS, Way, select_way
-from functional_adam.call.donation import release, replace_steps_
+from functional_adam.call.arguments import Arguments, read_arguments
+from functional_adam.call.donation import checked_step, release, replace_steps_
+from functional_adam.call.plan import EQUATIONS, Plan, plan_update
+from functional_adam.tensors.batch import Batch, Scalar
 from functional_adam.tensors.layouts import with_layout_of
-from functional_adam.tensors.leaves import Buffers, local_shards
-from functional_adam.tensors.recycling import copies
-from functional_adam.tensors.trees import unflatten
+from functional_adam.tensors.recycling import copies, empties
+from functional_adam.tensors.shards import local_shard, placed_like
+from functional_adam.tensors.staging import Run, finish, finish_together
+from functional_adam.tensors.trees import TensorTree, unflatten
+
+Params = TypeVar("Params")
 
 
 def adam_update(
-    params: TensorTree,
+    params: Params,
     grads: TensorTree,
     state: AdamState,
     hparams: AdamHparams,
@@ -30,7 +34,7 @@ def adam_update(
     donate: bool = False,
     grad_scale: Scalar | None = None,
     found_inf: Scalar | None = None,
-) -> tuple[TensorTree, AdamState]:
+) -> tuple[Params, AdamState]:
     """One step of Adam, as a pure function.
 
     With g the gradient, t the number of this update, b1 and b2 the betas, and m, v, u the moments `exp_avg`,
@@ -84,146 +88,181 @@ def adam_update(
 
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980, Algorithm 1, in the order of `torch.optim.Adam`.
     """
-    given = flatten_arguments(params, grads, state, hparams, grad_scale, found_inf)
-    return run_update(params, given, select_way(given, kernel, donate=donate), state, donate=donate)
-
-
-def run_update(
-    params: TensorTree, given: Arguments, way: Way, state: AdamState, *, donate: bool
-) -> tuple[TensorTree, AdamState]:
-    """What `adam_update` does once its arguments are read and checked; `params` and `state` are those of `given`."""
-    if way.watched_by is None:
-        buffers, steps = _run_kernel(given, way, donate=donate)
-    else:
-        buffers, steps = _run_watched(given._replace(steps=checked_steps(given)) if donate else given, way)
-        if donate:
-            for old, new in zip((*given.buffers.flat, *given.steps), (*buffers.flat, *steps), strict=True):
-                old.copy_(new)
-            buffers, steps = given.buffers, given.steps
-    like_params, treespec = given.treespec.unflatten, given.treespec
-    new_params, masters = _rounded(given, way, buffers.params, donate=donate)
+    given, treespec = read_arguments(params, grads, state, hparams, grad_scale, found_inf)
+    plan, given = plan_update(given, kernel, donate=donate)
+    new, new_params, masters = run_plan(plan, given, donate=donate)
+    like_params = treespec.unflatten
     return like_params(new_params), AdamState(
-        step=steps[0] if given.is_step_shared else unflatten(treespec, steps, params),
-        exp_avg=like_params(buffers.exp_avgs),
-        exp_avg_sq=like_params(buffers.exp_avg_sqs),
-        max_exp_avg_sq=like_params(buffers.max_exp_avg_sqs) if buffers.max_exp_avg_sqs else state.max_exp_avg_sq,
+        step=new.steps[0] if isinstance(state.step, Tensor) else unflatten(treespec, new.steps, params),
+        exp_avg=like_params(new.exp_avgs),
+        exp_avg_sq=like_params(new.exp_avg_sqs),
+        max_exp_avg_sq=like_params(new.max_exp_avg_sqs) if new.max_exp_avg_sqs else state.max_exp_avg_sq,
         master_params=unflatten(treespec, masters, params) if given.narrow else state.master_params,
     )
 
 
-def _run_kernel(given: Arguments, way: Way, *, donate: bool) -> tuple[Buffers, list[Tensor]]:
-    """In place, on the buffers if they are donated, else on copies."""
-    old, found_inf, traits = given.buffers, way.found_inf, given.traits
-    new = old if donate else old.with_flat(copies(old.flat, are_small=traits is not None and traits.are_small))
-    if donate and traits is not None and len(given.steps) > 1:
-        # They are copied to the old memory in the end, so that one tensor can hold all of them.
-        advanced = [*(torch.stack(given.steps) + 1).unbind(0)]
+def run_plan(plan: Plan, given: Arguments, *, donate: bool) -> tuple[Batch, list[Tensor], Sequence[Any]]:
+    """Execute `plan`: the batch after the update, the parameters, and the masters, which are () where there is none."""
+    if plan.watched_by is None:
+        new = _run_kernel(plan, given, donate=donate)
+    elif donate:
+        new = _run_watched(plan, _checked(given))
+        for old, value in zip((*given.batch.buffers, *given.batch.steps), (*new.buffers, *new.steps), strict=True):
+            old.copy_(value)
+        new = given.batch
     else:
-        advanced = [step + 1 for step in given.steps]
-    steps = _next_steps(given, advanced, found_inf)
-    leaf_steps = steps * len(given.grads) if given.is_step_shared else steps
-    moving, grads = new, cast("list[Tensor]", given.grads)
-    scalars = way.scalars
-    if not given.has_all_grads:
-        indices = [index for index, grad in enumerate(given.grads) if grad is not None]
-        moving, grads, leaf_steps = new.take(indices), [grads[i] for i in indices], [leaf_steps[i] for i in indices]
-        scalars = [scalars[i] for i in indices]
-    if found_inf is not True and grads:
-        if traits is None:
-            moving, grads = local_shards(moving, grads)
-        run_kernel(
-            way.kernel,
-            moving,
-            grads,
-            leaf_steps,
-            scalars,
-            grad_scale=way.grad_scale,
-            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
-            is_ready=traits is not None and traits.is_ready and len(given.scalar_sets) == 1,
-        )
+        new = _run_watched(plan, given)
+    if not given.narrow:
+        return new, new.params, ()
+    return new, *_rounded(plan, given, new.params, donate=donate)
+
+
+def _checked(given: Arguments) -> Arguments:
+    """The arguments of a traced donation, with steps that the graph has only where no memory overlaps."""
+    (names, written), (others, read) = (
+        zip(*x, strict=True) if x else ((), ()) for x in ([*given.written()], [*given.read()])
+    )
+    steps = given.batch.steps
+    checked = [checked_step(step, written, read, [*names, *others]) for step in steps[:1]]
+    return given._replace(batch=given.batch._replace(steps=[*checked, *steps[1:]]))
+
+
+def _run_kernel(plan: Plan, given: Arguments, *, donate: bool) -> Batch:
+    """In place, on the buffers if they are donated, else on copies."""
+    old, facts, found_inf = given.batch, plan.facts, given.found_inf
+    is_streamed = plan.is_streamed and found_inf is not True
+    if is_streamed:
+        new = old.with_buffers(empties(old.buffers))
+    else:
+        new = old if donate else old.with_buffers(copies(old.buffers, are_small=facts.are_small))
+    if donate and facts.is_ready and len(old.steps) > 1:
+        # They are copied to the old memory in the end, so that one tensor can hold all of them.
+        advanced = [*(torch.stack(old.steps) + 1).unbind(0)]
+    else:
+        advanced = [step + 1 for step in old.steps]
+    steps = _next_steps(plan, given, advanced)
+    new = new._replace(steps=steps)
+    if found_inf is not True:
+        _run_groups(plan, given, old._replace(steps=steps) if is_streamed else new, new)
     if donate:
         # Or autograd would not notice what the fused kernel has written.
-        torch.autograd.graph.increment_version(new.flat)
-        if moving is not new:
-            torch.autograd.graph.increment_version(moving.flat)  # a DTensor and its shard count apart
-        steps = replace_steps_(given.steps, steps)
-        if traits is None or not traits.is_bare:
+        torch.autograd.graph.increment_version(new.buffers)
+        if facts.has_shards:
+            with torch.no_grad():  # a DTensor and its shard count apart
+                torch.autograd.graph.increment_version([*map(local_shard, new.buffers)])
+        steps = replace_steps_(given.batch.steps, steps)
+        if not facts.is_bare:
             new = new._replace(params=release(new.params))
-    return new, steps
+    return new._replace(steps=steps)
 
 
-def _rounded(given: Arguments, way: Way, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
+def _run_groups(plan: Plan, given: Arguments, old: Batch, new: Batch) -> None:
+    """Let the kernel fill or update the buffers of `new`; steps count this update."""
+    kernel, found = KERNELS[plan.kernel], given.found_inf
+    runs: list[Any] = []
+    for group in plan.groups:
+        is_whole = len(group.indices) == len(old.params)
+        batch = old if is_whole else old.take(group.indices)
+        results = batch if new is old else new if is_whole else new.take(group.indices)
+        reasons = group.reasons
+        if plan.facts.has_shards:
+            results = batch = _local(batch)
+            reasons = group.stage.reasons(batch)
+        device = batch.params[0].device
+        scale = given.grad_scale.to(device) if isinstance(given.grad_scale, Tensor) else given.grad_scale
+        found_inf = found.to(device) if isinstance(found, Tensor) else None
+        call = kernel.on(device, given.sets[given.places[group.indices[0]]], scale, found_inf)
+        divisor = None if kernel.takes_found_inf else scale
+        run = Run(batch, results, group.stage, reasons)
+        if plan.is_streamed:
+            for part in run.cut():
+                finish(part.start(call, divisor, found_inf))
+        else:
+            runs.append(run.start(call, divisor, found_inf))
+    # All memory is there before the first write: running out of it changes nothing.
+    finish_together(runs)
+
+
+@torch.no_grad()
+def _local(batch: Batch) -> Batch:
+    """The local shards, on the same memory, with gradients brought to the placements of parameters."""
+    grads = [local_shard(placed_like(grad, param)) for grad, param in zip(batch.grads, batch.params, strict=True)]
+    return batch.map(local_shard)._replace(grads=grads)
+
+
+def _rounded(plan: Plan, given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
     """The new parameters, those with a master as its rounding, and the new masters."""
     params = list(wide)
     masters: list[Any] = [()] * len(wide)
+    moving = {*given.moving}
     for index, old in given.narrow.items():
         masters[index] = wide[index]
         # Where nothing moves, nothing is rounded either.
-        is_skipped = given.grads[index] is None or way.found_inf is True
-        new = old if is_skipped else _where(way.found_inf, wide[index], old)
+        is_skipped = index not in moving or given.found_inf is True
+        new = old if is_skipped else _where(given.found_inf, wide[index], old)
         # The layout is that of the parameter, whatever that of its master is.
         if donate:
             params[index] = release([old.copy_(new.to(old.dtype) if old.is_neg() else new)])[0]
-        elif way.watched_by is None:
+        elif plan.watched_by is None:
             params[index] = torch.empty_like(old).copy_(new)
         else:
             params[index] = old.clone() if is_skipped else with_layout_of(new.to(old.dtype), old)
     return params, masters
 
 
-def _run_watched(given: Arguments, way: Way) -> tuple[Buffers, list[Tensor]]:
+def _run_watched(plan: Plan, given: Arguments) -> Batch:
     """Out of place: a kernel within an autograd.Function, or the equations where no Function can go."""
     found_inf = given.found_inf
     # What a skipped update computes is not used, but a derivative of 0 times infinity would be NaN: it computes on 1.
-    buffers = given.buffers if found_inf is None else given.buffers.map(lambda x: _where(found_inf, x, 1))
-    scale = None if given.grad_scale is None else _where(found_inf, given.grad_scale, 1)
-    rows = [*buffers.rows()]
-    grads = {i: _where(found_inf, grad, 1) for i, grad in enumerate(given.grads) if grad is not None}
-    if way.kernel == EQUATIONS:
-        steps = [step + 1 for step in given.steps]
-        for index, grad in grads.items():
-            step = steps[0 if given.is_step_shared else index]
-            rows[index] = update_leaf(rows[index], grad, step, given.scalars[index], scale)
-    else:
-        steps = [advance(step) for step in given.steps]
-        traits = given.traits
-        if traits is not None and given.has_all_grads and found_inf is None and len(given.scalar_sets) == 1:
-            every, h = [*grads.values()], given.scalar_sets[0]
-            new = differentiable_update(way.kernel, buffers, every, given.steps, h, scale, is_ready=traits.is_ready)
-            return new, steps
-        moving = [*grads]
-        for group in group_leaves(buffers.take(moving), [given.scalars[i] for i in moving]):
-            indices = [moving[i] for i in group.indices]
-            new = differentiable_update(
-                way.kernel,
-                buffers.take(indices),
-                [grads[i] for i in indices],
-                given.steps if given.is_step_shared else [given.steps[i] for i in indices],
-                given.scalars[indices[0]],
-                scale,
-                is_ready=False,
-            )
-            for i, row in zip(indices, new.rows(), strict=True):
-                rows[i] = row
-    result = Buffers([], [], [], [])
-    for index, (old, new) in enumerate(zip(given.buffers.rows(), rows, strict=True)):
-        for column, before, after in zip(result, old, new, strict=True):
+    batch = given.batch
+    scale = given.grad_scale
+    if found_inf is not None:
+        grads = [x if x is None else _where(found_inf, x, 1) for x in batch.grads]  # pyright: ignore[reportUnnecessaryComparison]
+        batch = batch.map(lambda x: _where(found_inf, x, 1))._replace(grads=grads)
+        scale = scale if scale is None else _where(found_inf, torch.as_tensor(scale), 1)
+    advanced = [step + 1 if plan.kernel == EQUATIONS else advance(step) for step in batch.steps]
+    if plan.kernel != EQUATIONS and found_inf is None and len(plan.groups) == 1 and plan.moves_all:
+        h = given.sets[given.places[0]]
+        return differentiable_update(plan.kernel, batch, h, scale, is_ready=plan.facts.is_ready)._replace(
+            steps=advanced
+        )
+    rows = [*batch.rows()]
+    for group in plan.groups:
+        part, h = batch.take(group.indices), given.sets[given.places[group.indices[0]]]
+        if plan.kernel == EQUATIONS:
+            new = _equations(part, h, scale)
+        else:
+            new = [*differentiable_update(plan.kernel, part, h, scale, is_ready=False).rows()]
+        for index, row in zip(group.indices, new, strict=True):
+            rows[index] = row
+    moving = {*given.moving}
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for index, (old, new) in enumerate(zip(given.batch.rows(), rows, strict=True)):
+        for column, before, after in zip(columns, old, new, strict=True):
             if before is not None and after is not None:
-                stands = index not in grads
-                column.append(before.clone() if stands else _where(found_inf, after, before))
-    return result, _next_steps(given, steps, found_inf)
+                column.append(_where(found_inf, after, before) if index in moving else before.clone())
+    return Batch(*columns, [], _next_steps(plan, given, advanced))
 
 
-def _next_steps(given: Arguments, advanced: list[Tensor], found_inf: Tensor | bool | None) -> list[Tensor]:
-    """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
-    if given.has_all_grads and found_inf is None:
-        return advanced
-    # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
-    grads = given.grads[:1] or [None] if given.is_step_shared else given.grads
-    is_counted = [grad is not None or not given.grads for grad in grads]
+def _equations(batch: Batch, h: LeafHparams, scale: Scalar | None) -> list[Row]:
+    at = [coefficients(h, step + 1) for step in batch.steps]
+    at = at * len(batch.params) if len(at) == 1 else at
     return [
-        _where(found_inf, new, old) if counted and found_inf is not True else old.clone()
-        for old, new, counted in zip(given.steps, advanced, is_counted, strict=True)
+        update_leaf(row, grad, c, maximize=h.maximize, grad_scale=scale)
+        for row, grad, c in zip(batch.rows(), batch.grads, at, strict=True)
+    ]
+
+
+def _next_steps(plan: Plan, given: Arguments, advanced: list[Tensor]) -> list[Tensor]:
+    """The steps after this update, in fresh memory; a skipped update, or a leaf without gradient, is not counted."""
+    found_inf, grads, steps = given.found_inf, given.batch.grads, given.batch.steps
+    if found_inf is None and plan.moves_all:
+        return advanced
+    moving = {*given.moving}
+    # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
+    return [
+        _where(found_inf, new, old) if (i in moving or not grads) and found_inf is not True else old.clone()
+        for i, (old, new) in enumerate(zip(steps, advanced, strict=True))
     ]
 
 

@@ -1,21 +1,100 @@
 """_FunctionalAdam and _FunctionalAdamW: the pure update behind the stateful interface that torch.distributed calls."""
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, cast
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from functional_adam.interop.param_groups import (
-    Defaults,
-    check_apart,
-    check_pairs,
-    group_call,
-    hparams_of_group,
-    kernel_of,
-)
+from functional_adam.adam.hparams import AdamHparams, number_fault
+from functional_adam.adam.kernels import KernelName
+from functional_adam.adam.state import adam_init
+from functional_adam.call.arguments import Arguments, numbers_of
+from functional_adam.call.plan import plan_update
+from functional_adam.call.update import run_plan
+from functional_adam.tensors.batch import Batch
+from functional_adam.tensors.overlap import find_overlap
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
+
+_BETAS = ("beta1", "beta2")  # the names in torch's functional classes
+_HPARAMS = tuple(field.name for field in fields(AdamHparams))
+
+
+class _Defaults(UserDict[str, Any]):
+    """Default hyperparameters; what is set here is set in every group, as torch's class reads its `defaults`."""
+
+    def __init__(self, defaults: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+        self.groups: list[dict[str, Any]] = []
+        super().__init__(defaults)
+        self.groups = groups
+
+    def __missing__(self, name: str) -> Any:
+        if name not in _BETAS:
+            raise KeyError(name)
+        return self["betas"][_BETAS.index(name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in _BETAS:
+            betas = list(self["betas"])
+            betas[_BETAS.index(name)] = value
+            name, value = "betas", tuple(betas)
+        super().__setitem__(name, value)
+        for group in self.groups:
+            group[name] = value
+
+
+class _Call(NamedTuple):
+    """The update of one group."""
+
+    group: Mapping[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    rows: list[dict[str, Any]]  # the state of each parameter, updated in place
+    places: list[int]  # in the list that the caller gave, for errors
+
+    def read(self) -> Arguments:
+        """The columns of the update. They are lists from the beginning: no tree is made."""
+        hparams, count = _hparams_of_group(self.group), len(self.params)
+        batch = Batch(
+            self.params,
+            self._column("exp_avg"),
+            self._column("exp_avg_sq"),
+            self._column("max_exp_avg_sq") if hparams.amsgrad else [],
+            self.grads,
+            # A donated step object is emptied, but its memory has the new value: an alias is given away.
+            [row["step"].detach() for row in self.rows],
+        )
+        sets, places, others = numbers_of(hparams, self.params, count)
+
+        def label(root: str, index: int) -> str:
+            return f"{root}[{self.places[index]}]"
+
+        return Arguments(batch, {}, sets, places, None, None, others, True, label)
+
+    def _column(self, name: str) -> list[Any]:
+        return [row.get(name) for row in self.rows]
+
+
+def _row_of(param: Tensor, row: Mapping[str, Any] | None, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of `param`, to be updated in place; a fresh one if it has none."""
+    if row:
+        # torch keeps steps on the CPU, in the default dtype, or, long ago, as numbers.
+        return {**row, "step": torch.as_tensor(row["step"], dtype=torch.float32, device=param.device)}
+    fresh = adam_init(param, _hparams_of_group(group))._asdict()
+    return {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
+
+
+def _check_apart(calls: Sequence[Arguments]) -> None:
+    """Raise RuntimeError if a group writes what another reads or writes; what is in one group, its plan checks."""
+    written = [pair for call in calls for pair in call.written()]
+    read = [pair for call in calls for pair in call.read()]
+    found = find_overlap([x for _, x in written], [x for _, x in read])
+    if found is not None:
+        first, second = ((written + read)[place][0] for place in found)
+        raise RuntimeError(f"{first} shares memory with {second}: writing one would change the other. Clone it.")
 
 
 def _flag(name: str) -> Any:
@@ -156,7 +235,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
 
     def step_params(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Do as `step_param` for each pair of `params` and `grads`, but for all or, if one is at fault, for none."""
-        check_pairs(params, grads)
+        _check_pairs(params, grads)
         groups = self.param_groups
         owners = {id(p): i for i, group in enumerate(groups) for p in group["params"]} if len(groups) > 1 else {}
         places: list[list[int]] = [[] for _ in groups]
@@ -165,27 +244,31 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 places[owners.get(id(param), 0)].append(place)
         # Hooks call with grad mode on.
         with torch.no_grad():
-            calls = [
-                group_call(group, {i: params[i] for i in own}, {i: grads[i] for i in own}, self.state)
-                for group, own in zip(groups, places, strict=True)
-                if own
-            ]
+            calls = [self._call(group, own, params, grads) for group, own in zip(groups, places, strict=True) if own]
             # A failure in a later group must leave the earlier ones as they were.
-            updates = [call.prepare() for call in calls]
-            if len(calls) > 1:
-                check_apart(calls)
-            for update in updates:
-                update()
+            plans = [plan_update(call.read(), _kernel_of(call.group), donate=True) for call in calls]
+            if len(plans) > 1:
+                _check_apart([given for _, given in plans])
+            for plan, given in plans:
+                run_plan(plan, given, donate=True)
         for call in calls:
-            for place, row in call.rows.items():
-                self.state[params[place]].update(row)
+            for param, row in zip(call.params, call.rows, strict=True):
+                self.state[param].update(row)
         self._opt_called = True  # what lr_scheduler looks at before it warns that no step came before its own
+
+    def _call(
+        self, group: Mapping[str, Any], places: list[int], params: Sequence[Tensor], grads: Sequence[Any]
+    ) -> _Call:
+        own = [params[i] for i in places]
+        # Only read: other threads may be at other parameters.
+        rows = [_row_of(param, self.state.get(param), group) for param in own]
+        return _Call(group, own, [grads[i] for i in places], rows, places)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; the hyperparameters are checked first."""
         group = {**self.defaults, **param_group}
-        hparams_of_group(group)
-        kernel_of(group)
+        _hparams_of_group(group)
+        _kernel_of(group)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +295,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
             group["decoupled_weight_decay"] |= self._is_decoupled
 
     def _bind_defaults(self) -> None:
-        self.defaults: MutableMapping[str, Any] = Defaults(self.defaults, self.param_groups)
+        self.defaults: MutableMapping[str, Any] = _Defaults(self.defaults, self.param_groups)
 
 
 class _FunctionalAdamW(_FunctionalAdam):
@@ -251,3 +334,42 @@ def check_adapter(optimizer: Any) -> None:
     """Raise TypeError unless `optimizer` is one of these."""
     if not isinstance(optimizer, _FunctionalAdam):
         raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")
+
+
+def _check_pairs(params: Any, grads: Any) -> None:
+    """Raise unless these are two lists of one length, the first of tensors."""
+    for name, given in (("params", params), ("grads", grads)):
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(f"{name} is of type {type(given).__name__}. Expected a list.")
+    if len(params) != len(grads):
+        raise ValueError(f"There are {len(params)} params, but {len(grads)} grads. Expected one for each.")
+    for place, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{place}] is of type {type(param).__name__}. Expected a tensor.")
+
+
+def _hparams_of_group(group: Mapping[str, Any]) -> AdamHparams:
+    """The hyperparameters of a group; raise if they are none."""
+    return AdamHparams(**{name: _without_dimensions(group[name], name) for name in _HPARAMS})
+
+
+def _without_dimensions(value: Any, name: str) -> Any:
+    """`value`, where a tensor of one element may have any shape, as in torch.optim."""
+    if isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        return [_without_dimensions(x, f"{name}[{i}]") for i, x in enumerate(items)]
+    if not isinstance(value, Tensor) or number_fault(value) or not value.shape:
+        return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"Tensor {name} must be 1-element, but it has shape {tuple(value.shape)}. "
+            "Give each parameter group a number of its own."
+        )
+    return value.reshape(())
+
+
+def _kernel_of(group: Mapping[str, Any]) -> KernelName:
+    """The kernel that a group asks for by torch's flags; single if by none."""
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    return "fused" if group["fused"] else "foreach" if group["foreach"] else "single"

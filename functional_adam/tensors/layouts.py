@@ -50,6 +50,16 @@ def with_layout_of(x: Tensor, model: Tensor) -> Tensor:
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
+def as_real(x: Tensor) -> Tensor:
+    """Real and imaginary parts of a complex leaf are independent to an elementwise update."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def as_leaf(real: Tensor, leaf: Tensor) -> Tensor:
+    """`real`, which `as_real` made of something like `leaf`, in the dtype of `leaf`."""
+    return (torch.view_as_complex(real) if leaf.is_complex() else real).to(leaf.dtype)
+
+
 def _from_outermost(strides: Sequence[int], shape: Sequence[int]) -> list[int]:
     """The dimensions in the order of their strides, the largest first; among equal strides by size.
 

@@ -75,12 +75,15 @@ def copies(tensors: Sequence[Tensor], *, are_small: bool = False) -> list[Tensor
     """
     if are_small and _foreach_clone is not None and tensors:
         return list(_foreach_clone(tensors))
-    large = [i for i, x in enumerate(tensors) if _is_recyclable(x)]
-    if not large:
+    if not any(map(_is_recyclable, tensors)):
         return [x.clone() for x in tensors]
-    _cache.expect(sum(tensors[i].nbytes for i in large))
-    fresh = {i: _empty_like(tensors[i], tensors[i].dtype) for i in large}
-    return [fresh[i].copy_(x) if i in fresh else x.clone() for i, x in enumerate(tensors)]
+    return [new.copy_(x) for new, x in zip(empties(tensors), tensors, strict=True)]
+
+
+def empties(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`torch.empty_like` of each, for the results of one update, in warm memory where that is possible."""
+    _cache.expect(sum(x.nbytes for x in tensors if _is_recyclable(x)))
+    return [empty_like(x, x.dtype) for x in tensors]
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

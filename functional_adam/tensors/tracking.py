@@ -78,6 +78,17 @@ def is_constant(tensor: Tensor) -> bool:
     return not tensor.requires_grad and not _has_tangent(tensor)
 
 
+def may_be_differentiated(tensor: Tensor) -> bool:
+    """Whether somebody differentiates with respect to `tensor`, at any level, or may do so in a graph."""
+    if is_tracing():
+        return True
+    while _is_wrapped(tensor):
+        if _unwrap is None or tensor.requires_grad or _has_tangent(tensor):
+            return True
+        tensor = _unwrap(tensor)
+    return tensor.requires_grad or _has_tangent(tensor)
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether the value can be read now, for free, and without hiding it from anybody who watches."""
     return bool(readable((tensor,)))

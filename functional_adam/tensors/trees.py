@@ -6,13 +6,16 @@ first met, in a namespace of this package's own, so that nothing changes for oth
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from optree import PyTreeSpec
 from torch import Tensor
+
+TensorTree: TypeAlias = Any
+"""A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
 
 NAMESPACE = "functional_adam"
 
@@ -117,6 +120,18 @@ def _fill_node(node: Any, values: Iterator[Any]) -> Any:
 def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
     """Leaf `index` of `treespec` as Python code: `params['layer'][0]`."""
     return treespec.accessors()[index].codify(root)
+
+
+def labels_of(treespec: PyTreeSpec) -> Callable[[str, int], str]:
+    """What names leaf `index` of the tree `root`."""
+    paths: list[optree.PyTreeAccessor] = []
+
+    def label(root: str, index: int) -> str:
+        if not paths:
+            paths.extend(treespec.accessors())
+        return paths[index].codify(root)
+
+    return label
 
 
 def keys_of(path: optree.PyTreeAccessor) -> list[Any]:

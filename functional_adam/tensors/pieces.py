@@ -1,14 +1,10 @@
-"""Leaves joined and cut into pieces of one size, for derivatives to be computed in."""
+"""Leaves joined and cut into pieces that fit the cache: small ones are taken together, large ones slice by slice."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-# Derivatives are computed in pieces of at most this many elements: small leaves are joined into one, which saves
-# operations, and large ones are cut, so that intermediate values stay in the cache.
-_PIECE = 2**17
 
 Columns: TypeAlias = list[list[list[Tensor]]]
 """The parts of each leaf, column by column."""
@@ -21,19 +17,19 @@ def flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
     return [[x if x is None else x.reshape(x.numel()) for x in column] for column in columns]
 
 
-def cut_into_pieces(leaves: list[Tensor], *, is_step_shared: bool) -> list[Piece]:
-    """All elements of `leaves`; those with steps of their own, and those that are cut, are kept apart."""
+def cut_into_pieces(leaves: Sequence[Tensor], size: int, *, is_joined: bool = True) -> list[Piece]:
+    """All elements of `leaves` in pieces of at most `size`, of one leaf each unless `is_joined`."""
     joined: list[Piece] = []
     cut: list[Piece] = []
     room = -1  # nothing fits, not even an empty leaf
     for index, leaf in enumerate(leaves):
         count = leaf.numel()
-        if count > _PIECE:
-            cut += [[(index, start, min(count, start + _PIECE))] for start in range(0, count, _PIECE)]
+        if count > size:
+            cut += [[(index, start, min(count, start + size))] for start in range(0, count, size)]
             continue
-        if count > room or not is_step_shared:
+        if count > room or not is_joined:
             joined.append([])
-            room = _PIECE
+            room = size
         joined[-1].append((index, 0, count))
         room -= count
     return joined + cut

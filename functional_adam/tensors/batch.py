@@ -1,0 +1,53 @@
+"""The leaves of an update as parallel columns: place i of each column belongs to leaf i."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+Scalar: TypeAlias = float | Tensor
+
+BUFFERS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
+"""What users call the columns that an update replaces."""
+
+
+class Batch(NamedTuple):
+    """Columns of tensors. The first four are the buffers, which an update replaces."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
+    grads: list[Tensor]
+    steps: list[Tensor]  # one for all leaves, or one a leaf
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """All of them, column after column."""
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.max_exp_avg_sqs]
+
+    def with_buffers(self, buffers: Sequence[Tensor]) -> "Batch":
+        """Other buffers, column after column."""
+        count = len(self.params)
+        columns = (list(buffers[i * count : (i + 1) * count]) for i in range(4))
+        return Batch(*columns, self.grads, self.steps)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """`function` of each buffer."""
+        return self.with_buffers([function(x) for x in self.buffers])
+
+    def take(self, indices: Sequence[int]) -> "Batch":
+        """The leaves at `indices` only."""
+        *columns, steps = self
+        taken = ([column[i] for i in indices] if column else [] for column in columns)
+        return Batch(*taken, steps if len(steps) == 1 else [steps[i] for i in indices])
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The buffers leaf by leaf; without amsgrad the last one is None."""
+        maxima = self.max_exp_avg_sqs or [None] * len(self.params)
+        return zip(self.params, self.exp_avgs, self.exp_avg_sqs, maxima, strict=True)
+
+    @property
+    def leaf_steps(self) -> list[Tensor]:
+        """A step for each leaf."""
+        return self.steps * len(self.params) if len(self.steps) == 1 else self.steps

@@ -1,0 +1,156 @@
+"""Staging: what a kernel cannot take as it is goes through copies, in runs that fit the cache.
+
+Stage a run, call the kernel on it, commit it. Copies for purity, casts, unscaled gradients and other layouts are all
+staging, so that they cost traffic to the cache and not to memory.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functional_adam.tensors.batch import BUFFERS, Batch
+from functional_adam.tensors.layouts import as_real, is_laid_out_like
+from functional_adam.tensors.pieces import cut_into_pieces
+from functional_adam.tensors.recycling import empty_like
+
+# In elements of a column. Smaller runs cost more in calls than they save.
+RUN = 2**18
+GRADS = len(BUFFERS)  # the column behind the buffers
+
+Reasons: TypeAlias = dict[tuple[int, int], str]
+"""Why a kernel gets a copy of a tensor, by its column and its place in that."""
+
+
+class Stage(NamedTuple):
+    """What a kernel asks of the leaves of a group."""
+
+    dtype: torch.dtype
+    """In which all are computed."""
+    needs_one_layout: bool = False
+    """Whether all tensors of a leaf must be dense and laid out alike."""
+    is_scaled: bool = False
+    """Whether gradients are divided, by the kernel in place or beforehand."""
+    is_chosen: bool = False
+    """Whether results are chosen afterwards, by a found_inf whose value is not read."""
+
+    def reasons(self, batch: Batch) -> Reasons:
+        """What the kernel cannot take as it is."""
+        everything = batch.buffers + batch.grads
+        if (
+            not (self.is_scaled or self.is_chosen or self.dtype.is_complex)
+            and all(x.dtype is self.dtype for x in everything)
+            and not any(x.is_neg() for x in everything)
+            and (not self.needs_one_layout or all(x.is_contiguous() for x in everything))
+        ):
+            return {}
+        found = (
+            ((column, place), self._why_copied(x, batch.params[place], column))
+            for column, leaves in enumerate(batch[: GRADS + 1])
+            for place, x in enumerate(leaves)
+        )
+        return {key: why for key, why in found if why}
+
+    def _why_copied(self, x: Tensor, param: Tensor, column: int) -> str | None:
+        if x.dtype is not self.dtype:
+            return f"is of {x.dtype} and computed in {self.dtype}"
+        if x.is_conj() or x.is_neg():
+            return "has a lazy conjugation or negation"
+        if self.needs_one_layout and not is_laid_out_like(x, param):
+            return "is not dense" if x is param else "is not laid out like its parameter"
+        if column == GRADS:
+            return "is divided by grad_scale" if self.is_scaled else None
+        return "is chosen by found_inf, whose value is not read" if self.is_chosen else None
+
+
+class Run(NamedTuple):
+    """Leaves that a kernel takes in one call, and where the results go: to other buffers, or to those of `batch`."""
+
+    batch: Batch
+    results: Batch
+    stage: Stage
+    reasons: Reasons
+
+    def cut(self) -> Iterator["Run"]:
+        """Runs that fit the cache."""
+        batch, results, _, _ = self
+        for piece in cut_into_pieces(batch.params, RUN):
+            indices, (first, start, stop) = [index for index, _, _ in piece], piece[0]
+            reasons = {
+                (c, i): why
+                for i, j in enumerate(indices)
+                for c in range(GRADS + 1)
+                if (why := self.reasons.get((c, j)))
+            }
+            part = self._replace(batch=batch.take(indices), results=results.take(indices), reasons=reasons)
+            is_cut = stop - start < batch.params[first].numel()
+            yield (
+                part._replace(batch=_sliced(part.batch, start, stop), results=_sliced(part.results, start, stop))
+                if is_cut
+                else part
+            )
+
+    def start(
+        self, kernel: Callable[[Batch], Iterator[None]], divisor: Tensor | float | None, found_inf: Tensor | None
+    ) -> Iterator[None]:
+        """Update `results`; pauses once when all memory is there and none of the buffers of `batch` is written.
+
+        `divisor` divides the gradients. Where `found_inf` holds, results are the old values.
+        """
+        commits: list[tuple[Tensor, Tensor, Tensor]] = []
+        staged = self.batch if self.is_ready else self._stage(commits)
+        if divisor is not None:
+            for grad in staged.grads:
+                grad.div_(divisor)
+        run = kernel(staged)
+        next(run)
+        yield
+        finish(run)
+        for old, new, ready in commits:
+            if found_inf is not None:
+                torch.where(found_inf, old, ready, out=ready)
+            new.copy_(ready.to(new.dtype) if new.is_neg() else ready)  # as above
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is nothing to stage."""
+        return not self.reasons and self.results is self.batch and not self.stage.dtype.is_complex
+
+    def _stage(self, commits: list[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+        """What the kernel gets, real and in one dtype; `commits` takes old values, places and copies of buffers."""
+        batch, results, stage, reasons = self
+        columns: list[list[Tensor]] = []
+        for c, (olds, news) in enumerate(zip(batch[: GRADS + 1], (*results[:GRADS], batch.grads), strict=True)):
+            columns.append([])
+            for place, (old, new) in enumerate(zip(olds, news, strict=True)):
+                ready = new
+                if (c, place) in reasons:
+                    # Between float16 and float32, torch's copy_ ignores the negative bit.
+                    ready = empty_like(results.params[place], stage.dtype).copy_(old.resolve_neg())
+                    if c < GRADS:
+                        commits.append((old, new, ready))
+                elif new is not old:
+                    new.copy_(old)
+                columns[c].append(as_real(ready))
+        return Batch(*columns, batch.steps)
+
+
+def finish(run: Iterator[None]) -> None:
+    """Go through what is left of a run."""
+    deque(run, maxlen=0)
+
+
+def finish_together(runs: Iterable[Iterator[None]]) -> None:
+    """Go through all runs, none of which writes before all have their memory."""
+    started = list(runs)
+    for run in started:
+        next(run)
+    for run in started:
+        finish(run)
+
+
+def _sliced(batch: Batch, start: int, stop: int) -> Batch:
+    columns = ([x.view(-1)[start:stop] for x in column] for column in batch[: GRADS + 1])
+    return Batch(*columns, batch.steps)
