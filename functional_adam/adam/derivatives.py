@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from functional_adam.adam.equations import Coefficients, is_number
-from functional_adam.tensors.batch import Scalar
 
 Leaf: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 """(p, m, v, u or None, g), or their tangents or cotangents."""
@@ -155,5 +154,5 @@ def leaf_jvp(
     return p if step_size is None else p - step_size * at.new_m * at.inverse, m, v, u
 
 
-def _cast(x: Scalar, like: Tensor) -> Scalar:
+def _cast(x: float | Tensor, like: Tensor) -> float | Tensor:
     return x.to(device=like.device, dtype=like.dtype) if isinstance(x, Tensor) else x

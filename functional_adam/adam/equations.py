@@ -1,15 +1,16 @@
 """Adam's equations for one leaf, out of place. Every kernel and every derivative is tested against this file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from functional_adam.tensors.batch import Scalar
+from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import as_leaf, as_real, with_layout_of
 from functional_adam.tensors.tracking import may_be_differentiated
+from functional_adam.tensors.trees import Scalar
 
 
 class LeafHparams(NamedTuple):
@@ -41,6 +42,9 @@ class Coefficients(NamedTuple):
     step_size: Scalar  # lr / (1 - beta1^t)
     root_correction: Scalar  # sqrt(1 - beta2^t)
 
+
+EQUATIONS = "equations"
+"""In the place of a kernel's name: plain operations, which can be differentiated, mapped and traced."""
 
 Row: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """(param, exp_avg, exp_avg_sq, max_exp_avg_sq or None): what an update replaces in one leaf."""
@@ -93,6 +97,24 @@ def update_leaf(row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad
 
     largest = None if u is None or max_exp_avg_sq is None else leaf(u, max_exp_avg_sq)
     return leaf(p, param), leaf(m, exp_avg), leaf(v, exp_avg_sq), largest
+
+
+def update_leaves(
+    batch: Batch, each: Sequence[Coefficients], *, maximize: bool, grad_scale: Scalar | None = None
+) -> Batch:
+    """`batch` after an update, with coefficients of its own for each of the steps."""
+    rows = [
+        update_leaf(row, grad, Coefficients(*(beside(x, grad) for x in c)), maximize=maximize, grad_scale=grad_scale)
+        for row, grad, c in zip(
+            batch.rows(), batch.grads, each * len(batch.params) if len(each) == 1 else each, strict=True
+        )
+    ]
+    return batch.with_buffers([x for column in zip(*rows, strict=True) for x in column if x is not None])
+
+
+def beside(x: Scalar, leaf: Tensor) -> Scalar:
+    """`x`, with what it has for members along the first dimension of `leaf`."""
+    return x.reshape(-1, *[1] * (leaf.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x
 
 
 def precise(x: Scalar) -> Scalar:

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import Coefficients, LeafHparams, coefficients, is_number, update_leaf
-from functional_adam.tensors.batch import Batch, Scalar
+from functional_adam.adam.equations import Coefficients, LeafHparams, beside, coefficients, is_number, update_leaf
+from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import strides_like
 from functional_adam.tensors.tracking import is_host_memory, is_intercepted
 
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     """A way to compute an update of leaves of one device, real dtype and set of hyperparameters."""
 
     name: str
-    run: Callable[[Batch, LeafHparams, Scalar | None, Tensor | None], Iterator[None]]
+    run: Callable[[Batch, LeafHparams, float | Tensor | None, Tensor | None], Iterator[None]]
     """Update a batch, whose steps already count this update, given `grad_scale` and `found_inf`."""
     obstacle: Callable[[Devices, Sequence[LeafHparams]], str | None]
     """Why it cannot run on leaves on these devices, with these sets of hyperparameters; None if it can."""
@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
         self,
         device: torch.device,
         h: LeafHparams,
-        grad_scale: Scalar | None = None,
+        grad_scale: float | Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Callable[[Batch], Iterator[None]]:
         """What updates a batch on `device` with these scalars."""
@@ -150,7 +150,7 @@ def _run_foreach(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
     _note_writing(batch, [*change, *denominator, *direction])
 
 
-def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Scalar | list[Scalar]:
+def _for_leaves(x: float | Tensor, leaves: list[Tensor]) -> float | Tensor | list[float | Tensor]:
     """`x` as an operation on a list of `leaves` takes it: a number, a 0-dim tensor, or a tensor for each leaf."""
     if not isinstance(x, Tensor):
         return x
@@ -158,7 +158,9 @@ def _for_leaves(x: Scalar, leaves: list[Tensor]) -> Scalar | list[Scalar]:
     return [_beside(x, leaf, dtype) for leaf in leaves] if x.dim() else x.to(dtype)
 
 
-def _run_fused(batch: Batch, h: LeafHparams, grad_scale: Scalar | None, found_inf: Tensor | None) -> Iterator[None]:
+def _run_fused(
+    batch: Batch, h: LeafHparams, grad_scale: float | Tensor | None, found_inf: Tensor | None
+) -> Iterator[None]:
     """`torch.optim.Adam(fused=True)`: writes unscaled gradients back, and leaves version counters alone."""
     # It reads `step` but does not advance it, and skips on a found_inf of exactly 1.0.
     kernel = _fused_adamw_ if h.decoupled_weight_decay else _fused_adam_
@@ -207,11 +209,9 @@ def _note_writing(batch: Batch, others: list[Tensor]) -> None:
         torch.autograd.graph.increment_version([*batch.buffers, *others])
 
 
-def _beside(x: Scalar, leaf: Tensor, dtype: torch.dtype) -> Scalar:
+def _beside(x: float | Tensor, leaf: Tensor, dtype: torch.dtype) -> float | Tensor:
     """`x` in `dtype` if it is a tensor, and where it has one value a member, in a shape that meets `leaf`."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(dtype).view(-1, *[1] * (leaf.dim() - 1)) if x.dim() else x.to(dtype)
+    return beside(x.to(dtype), leaf) if isinstance(x, Tensor) else x
 
 
 def _scalar_dtype(dtype: torch.dtype) -> torch.dtype:

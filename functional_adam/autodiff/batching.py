@@ -1,5 +1,11 @@
-"""The batching rule of an update: Adam is elementwise, so that members are just more leaves."""
+"""The batching rule of an update: Adam is elementwise, so that members are just more leaves.
 
+Where a single vmap is all that watches, the rule is called at once. torch calls the rule of an autograd.Function too,
+but looks through all arguments as pytrees several times on the way, which takes longer than the update of small leaves.
+The private torch names that this takes stand here; without one of them torch calls the rule.
+"""
+
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -7,12 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import Coefficients, LeafHparams, coefficients, precise, update_leaf
+from functional_adam.adam.equations import Coefficients, LeafHparams, beside, coefficients, precise, update_leaves
 from functional_adam.adam.kernels import KERNELS, Kernel, check_numbers
-from functional_adam.tensors.batch import Batch, Scalar
+from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.recycling import copies
 from functional_adam.tensors.staging import Run, Stage, finish
-from functional_adam.tensors.tracking import is_constant, is_host_value, is_transformed, readable, requires_grad
+from functional_adam.tensors.tracking import (
+    is_constant,
+    is_host_value,
+    is_single_vmap,
+    is_transformed,
+    readable,
+    requires_grad,
+)
 
 # Half types are rounded once by a kernel; a direction of theirs would be rounded before.
 _PRECISE = (torch.float32, torch.float64)
@@ -106,7 +119,7 @@ class _Members(NamedTuple):
     spec: Spec
     size: int
     batch: Batch
-    numbers: Sequence[Scalar]
+    numbers: Sequence[float | Tensor]
     given: list[Coefficients]
 
 
@@ -165,13 +178,8 @@ def _are_equal(x: Tensor) -> bool:
     return x[0].item() == x[-1].item() and bool((x == x[0]).all())
 
 
-def _read(x: Scalar) -> float:
+def _read(x: float | Tensor) -> float:
     return x.item() if isinstance(x, Tensor) else x
-
-
-def _beside(x: Scalar, leaf: Tensor) -> Scalar:
-    """`x`, with what it has for members along the first dimension of `leaf`."""
-    return x.reshape(-1, *[1] * (leaf.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x
 
 
 def _run_directions(members: _Members) -> Batch:
@@ -183,21 +191,21 @@ def _run_directions(members: _Members) -> Batch:
     lr, weight_decay = precise(lr), precise(weight_decay)
     params, grads = batch.params, batch.grads
 
-    def beside(x: Scalar, leaf: Tensor) -> Scalar:
-        return _beside(x.to(leaf.dtype), leaf) if isinstance(x, Tensor) else x
+    def cast(x: float | Tensor, leaf: Tensor) -> float | Tensor:
+        return beside(x.to(leaf.dtype), leaf) if isinstance(x, Tensor) else x
 
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
         if spec.decoupled_weight_decay:
-            params = [p * beside(1 - lr * weight_decay, p) for p in params]
+            params = [p * cast(1 - lr * weight_decay, p) for p in params]
         else:
             pull = -weight_decay if spec.maximize else weight_decay
-            grads = [g + p * beside(pull, p) for g, p in zip(grads, params, strict=True)]
+            grads = [g + p * cast(pull, p) for g, p in zip(grads, params, strict=True)]
     zeros = [torch.zeros_like(p) for p in params]
     moments = [x.clone() for x in batch.buffers[spec.count :]]
     new = batch.with_buffers([*zeros, *moments])._replace(grads=grads)
     _run_in_place(KERNELS[spec.kernel], new, spec.hparams((1.0, beta1, beta2, eps, 0.0)))
     # The kernel has left each direction, negative, where it was given zeros for parameters.
-    lengths = [torch.as_tensor(beside(lr, p), dtype=p.dtype, device=p.device) for p in params]
+    lengths = [torch.as_tensor(cast(lr, p), dtype=p.dtype, device=p.device) for p in params]
     return new._replace(params=[torch.addcmul(*terms) for terms in zip(params, zeros, lengths, strict=True)])
 
 
@@ -229,9 +237,41 @@ def _run_broadcast(members: _Members) -> Batch:
     """The equations on stacked leaves, with the scalars of its members beside each: for outer transforms to see."""
     spec, _, batch, numbers, given = members
     each = given or [coefficients(spec.hparams(numbers), step + 1) for step in batch.steps]
-    each = each * spec.count if len(each) == 1 else each
-    rows = [
-        update_leaf(row, grad, Coefficients(*(_beside(x, grad) for x in c)), maximize=spec.maximize)
-        for row, grad, c in zip(batch.rows(), batch.grads, each, strict=True)
-    ]
-    return batch.with_buffers([x for column in zip(*rows, strict=True) for x in column if x is not None])
+    return update_leaves(batch, each, maximize=spec.maximize)
+
+
+class _Functorch(NamedTuple):
+    unwrap: Callable[[Tensor, int], tuple[Tensor, int | None]]
+    wrap: Callable[[Tensor, int, int], Tensor]
+    current_transform: Callable[[], Any]
+
+
+def _find_functorch() -> _Functorch | None:
+    try:
+        functorch: Any = importlib.import_module("torch._C._functorch")
+        current: Any = importlib.import_module("torch._functorch.pyfunctorch").retrieve_current_functorch_interpreter
+        return _Functorch(functorch._unwrap_batched, functorch._add_batch_dim, current)
+    except (AttributeError, ImportError):
+        return None
+
+
+_functorch = _find_functorch()
+
+
+def call_under_vmap(rule: Callable[..., Any], operands: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The results of `rule(size, dims, operands)`, mapped, or None if this is for torch to do.
+
+    `rule` takes the operands of all members, and gives results and their batch dimensions, as `Function.vmap` does.
+    """
+    if _functorch is None or not is_single_vmap():
+        return None
+    vmap = _functorch.current_transform()
+    level = vmap.level()
+    pairs = [_functorch.unwrap(x, level) if isinstance(x, Tensor) else (x, None) for x in operands]
+    values, dims = zip(*pairs, strict=True)
+    is_recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+    if is_recorded or all(dim is None for dim in dims):
+        return None
+    with vmap.lower():
+        results, out_dims = rule(vmap.batch_size(), dims, values)
+    return tuple(_functorch.wrap(x, dim, level) for x, dim in zip(results, out_dims, strict=True))

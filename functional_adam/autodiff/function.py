@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 
 from functional_adam.adam.derivatives import leaf_jvp, leaf_vjp, plain_leaf_vjp, point_at
-from functional_adam.adam.equations import Coefficients, LeafHparams, coefficients, compute_dtype, is_number
-from functional_adam.autodiff.batching import Spec, run, run_batched
-from functional_adam.autodiff.mapping import call_under_vmap
-from functional_adam.tensors.batch import Batch, Scalar
+from functional_adam.adam.equations import (
+    EQUATIONS,
+    Coefficients,
+    LeafHparams,
+    coefficients,
+    compute_dtype,
+    is_number,
+    update_leaves,
+)
+from functional_adam.autodiff.batching import Spec, call_under_vmap, run, run_batched
+from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import as_leaf, as_real
 from functional_adam.tensors.pieces import Columns, Piece, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.tensors.recycling import empty_like
@@ -51,22 +58,25 @@ _PIECE = 2**17
 
 
 def differentiable_update(
-    kernel: str, batch: Batch, h: LeafHparams, grad_scale: Tensor | None, *, is_ready: bool
+    kernel: str, batch: Batch, h: LeafHparams, grad_scale: float | Tensor | None, *, is_ready: bool
 ) -> Batch:
     """`batch` after one update by `kernel`, for leaves of one device and dtype; its steps do not count this update yet.
 
     `is_ready`: all leaves are known to be contiguous, without lazy bits, and of one real dtype.
     """
+    if kernel == EQUATIONS:
+        each = [coefficients(h, step + 1) for step in batch.steps]
+        return update_leaves(batch, each, maximize=h.maximize, grad_scale=grad_scale)
     dtype = compute_dtype(*next(batch.rows()))
     is_real = is_ready or (not dtype.is_complex and all(x.dtype is dtype for x in (*batch.buffers, *batch.grads)))
     ready = batch if is_real else batch.map(lambda x: as_real(x.to(dtype)))
     grads = batch.grads if is_real else [as_real(grad.to(dtype)) for grad in batch.grads]
     if grad_scale is not None:
         wide = torch.promote_types(dtype.to_real(), torch.float32)
-        scale = grad_scale.to(grads[0].device)
+        scale = torch.as_tensor(grad_scale).to(grads[0].device)
         grads = [(grad.to(wide) / scale.expand(grad.shape)).to(grad.dtype) for grad in grads]
     numbers, flags, steps = h[:5], h[5:], batch.steps
-    given: list[Scalar] = []
+    given: list[float | Tensor] = []
     if any(isinstance(x, Tensor) and may_be_differentiated(x) for x in (*numbers, *steps)):
         each = [coefficients(h, step + 1) for step in steps]
         given = [*each[0][:5], *(c.step_size for c in each), *(c.root_correction for c in each)]
@@ -79,9 +89,9 @@ def differentiable_update(
     return batch.with_buffers(new)
 
 
-def advance(step: Tensor) -> Tensor:
+def advance(step: Tensor, kernel: str) -> Tensor:
     """`step + 1`, one number in memory where it is one, so that members are still seen to be at the same step."""
-    return _advance(step) if is_transformed() else step + 1
+    return _advance(step) if kernel != EQUATIONS and is_transformed() else step + 1
 
 
 def _count_updates(node: Any, given: Batch) -> None:
@@ -221,8 +231,8 @@ class _Advance(torch.autograd.Function):
 
 def _advance_members(size: int, dim: int, step: Tensor) -> tuple[Tensor, int]:
     if not size or step.stride(dim) != 0 or not is_constant(step):
-        return advance(step), dim
-    one = advance(step.select(dim, 0))
+        return advance(step, ""), dim
+    one = advance(step.select(dim, 0), "")
     return one.expand(size, *one.shape), 0
 
 
@@ -257,7 +267,7 @@ def _coefficients(spec: Spec, flat: Sequence[Any]) -> list[Coefficients]:
     return spec.coefficients(flat) or [coefficients(h, _value(step) + 1) for step in spec.batch(flat).steps]
 
 
-def _value(step: Tensor) -> Scalar:
+def _value(step: Tensor) -> float | Tensor:
     """A number where it can be read, so that coefficients cost nothing."""
     return step.item() if is_host_value(step) and is_constant(step) else step
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from functional_adam.adam.equations import LeafHparams
 from functional_adam.adam.hparams import NUMBER_NAMES, AdamHparams, check_hparams, number_fault, to_float
 from functional_adam.adam.state import AdamState, is_spent
-from functional_adam.tensors.batch import BUFFERS, Batch, Scalar
-from functional_adam.tensors.leaves import Label, check_leaves, check_masters, check_params
-from functional_adam.tensors.shards import full_value
+from functional_adam.tensors.batch import BUFFERS, Batch
+from functional_adam.tensors.leaves import Label, check_leaves, check_masters, check_params, full_value
 from functional_adam.tensors.tracking import is_readable
 from functional_adam.tensors.trees import (
+    Scalar,
     TensorTree,
     broadcast_prefix,
     flatten,

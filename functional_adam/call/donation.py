@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from functional_adam.call.facts import Facts
+from functional_adam.tensors.leaves import local_shard
 from functional_adam.tensors.overlap import are_apart_by_address, find_overlap
-from functional_adam.tensors.shards import local_shard
 
 
 def replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

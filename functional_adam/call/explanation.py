@@ -6,15 +6,16 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from functional_adam.adam.equations import EQUATIONS
 from functional_adam.adam.hparams import AdamHparams
 from functional_adam.adam.kernels import KernelName
 from functional_adam.adam.state import AdamState
 from functional_adam.call.arguments import Arguments, read_arguments
-from functional_adam.call.plan import EQUATIONS, Group, Plan, plan_update
-from functional_adam.tensors.batch import BUFFERS, Scalar
-from functional_adam.tensors.shards import local_shard
+from functional_adam.call.plan import Group, Plan, plan_update
+from functional_adam.tensors.batch import BUFFERS
+from functional_adam.tensors.leaves import local_shard
 from functional_adam.tensors.staging import GRADS
-from functional_adam.tensors.trees import TensorTree, flatten
+from functional_adam.tensors.trees import Scalar, TensorTree, flatten
 
 
 class LeafGroup(NamedTuple):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from functional_adam.tensors.batch import Batch
+from functional_adam.tensors.leaves import PLAIN, is_dtensor
 from functional_adam.tensors.recycling import LARGE
-from functional_adam.tensors.shards import PLAIN, is_dtensor
 from functional_adam.tensors.tracking import is_tracing, is_transformed
 
 
@@ -39,7 +39,9 @@ class Facts:
     is_ready: bool = False  # leaves are of one real dtype and device, contiguous and without lazy bits
     has_shards: bool = False  # some parameter is a DTensor
     nbytes: list[int] = field(default_factory=_no_numbers)  # of each tensor
-    disjoint: list[int] = field(default_factory=_no_numbers)  # addresses at which they were last found to share no memory
+    disjoint: list[int] = field(
+        default_factory=_no_numbers
+    )  # addresses at which they were last found to share no memory
 
 
 def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from functional_adam.adam.equations import compute_dtype
+from functional_adam.adam.equations import EQUATIONS, compute_dtype
 from functional_adam.adam.hparams import check_flag
 from functional_adam.adam.kernels import KERNELS, check_kernel_name, check_numbers, select_kernel
 from functional_adam.call.arguments import Arguments, read
 from functional_adam.call.donation import are_surely_apart, check_apart
 from functional_adam.call.facts import Facts, Memory, find_facts
-from functional_adam.tensors.shards import is_dtensor, local_shard, placement_change
+from functional_adam.tensors.leaves import is_dtensor, local_shard, placement_change
 from functional_adam.tensors.staging import GRADS, RUN, Reasons, Stage
 from functional_adam.tensors.tracking import (
     forward_levels,
@@ -27,7 +27,6 @@ from functional_adam.tensors.tracking import (
     requires_grad,
 )
 
-EQUATIONS = "equations"
 TRACER = "a compiler or tracer"
 _TRANSFORM = "a torch.func transform or a forward-mode dual level"
 _NESTED = "forward mode within forward mode"

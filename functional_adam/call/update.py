@@ -6,20 +6,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import LeafHparams, Row, coefficients, update_leaf
 from functional_adam.adam.hparams import AdamHparams
 from functional_adam.adam.kernels import KERNELS, KernelName
 from functional_adam.adam.state import AdamState
 from functional_adam.autodiff.function import advance, differentiable_update
 from functional_adam.call.arguments import Arguments, read_arguments
 from functional_adam.call.donation import checked_step, release, replace_steps_
-from functional_adam.call.plan import EQUATIONS, Plan, plan_update
-from functional_adam.tensors.batch import Batch, Scalar
+from functional_adam.call.plan import Plan, plan_update
+from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import with_layout_of
+from functional_adam.tensors.leaves import local_shard, placed_like
 from functional_adam.tensors.recycling import copies, empties
-from functional_adam.tensors.shards import local_shard, placed_like
 from functional_adam.tensors.staging import Run, finish, finish_together
-from functional_adam.tensors.trees import TensorTree, unflatten
+from functional_adam.tensors.trees import Scalar, TensorTree, unflatten
 
 Params = TypeVar("Params")
 
@@ -220,8 +219,8 @@ def _run_watched(plan: Plan, given: Arguments) -> Batch:
         grads = [x if x is None else _where(found_inf, x, 1) for x in batch.grads]  # pyright: ignore[reportUnnecessaryComparison]
         batch = batch.map(lambda x: _where(found_inf, x, 1))._replace(grads=grads)
         scale = scale if scale is None else _where(found_inf, torch.as_tensor(scale), 1)
-    advanced = [step + 1 if plan.kernel == EQUATIONS else advance(step) for step in batch.steps]
-    if plan.kernel != EQUATIONS and found_inf is None and len(plan.groups) == 1 and plan.moves_all:
+    advanced = [advance(step, plan.kernel) for step in batch.steps]
+    if found_inf is None and len(plan.groups) == 1 and plan.moves_all:
         h = given.sets[given.places[0]]
         return differentiable_update(plan.kernel, batch, h, scale, is_ready=plan.facts.is_ready)._replace(
             steps=advanced
@@ -229,11 +228,8 @@ def _run_watched(plan: Plan, given: Arguments) -> Batch:
     rows = [*batch.rows()]
     for group in plan.groups:
         part, h = batch.take(group.indices), given.sets[given.places[group.indices[0]]]
-        if plan.kernel == EQUATIONS:
-            new = _equations(part, h, scale)
-        else:
-            new = [*differentiable_update(plan.kernel, part, h, scale, is_ready=False).rows()]
-        for index, row in zip(group.indices, new, strict=True):
+        new = differentiable_update(plan.kernel, part, h, scale, is_ready=False)
+        for index, row in zip(group.indices, new.rows(), strict=True):
             rows[index] = row
     moving = {*given.moving}
     columns: list[list[Tensor]] = [[], [], [], []]
@@ -242,15 +238,6 @@ def _run_watched(plan: Plan, given: Arguments) -> Batch:
             if before is not None and after is not None:
                 column.append(_where(found_inf, after, before) if index in moving else before.clone())
     return Batch(*columns, [], _next_steps(plan, given, advanced))
-
-
-def _equations(batch: Batch, h: LeafHparams, scale: Scalar | None) -> list[Row]:
-    at = [coefficients(h, step + 1) for step in batch.steps]
-    at = at * len(batch.params) if len(at) == 1 else at
-    return [
-        update_leaf(row, grad, c, maximize=h.maximize, grad_scale=scale)
-        for row, grad, c in zip(batch.rows(), batch.grads, at, strict=True)
-    ]
 
 
 def _next_steps(plan: Plan, given: Arguments, advanced: list[Tensor]) -> list[Tensor]:

@@ -9,11 +9,19 @@ from functional_adam.adam.hparams import AdamHparams, check_flag
 from functional_adam.adam.kernels import KernelName, check_kernel_name
 from functional_adam.adam.state import AdamState, adam_init
 from functional_adam.call.update import adam_update
-from functional_adam.tensors.batch import Scalar
 from functional_adam.tensors.leaves import tensor_fault
 from functional_adam.tensors.overlap import find_overlap
 from functional_adam.tensors.tracking import is_tracing, is_transformed
-from functional_adam.tensors.trees import TensorTree, flatten, flatten_like, in_kind_of, leaves_of, map_leaves, path_of
+from functional_adam.tensors.trees import (
+    Scalar,
+    TensorTree,
+    flatten,
+    flatten_like,
+    in_kind_of,
+    leaves_of,
+    map_leaves,
+    path_of,
+)
 
 
 class Init(Protocol):

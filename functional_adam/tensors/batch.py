@@ -1,11 +1,9 @@
 """The leaves of an update as parallel columns: place i of each column belongs to leaf i."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from torch import Tensor
-
-Scalar: TypeAlias = float | Tensor
 
 BUFFERS = ("params", "state.exp_avg", "state.exp_avg_sq", "state.max_exp_avg_sq")
 """What users call the columns that an update replaces."""

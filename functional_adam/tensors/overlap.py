@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_adam.tensors.shards import local_shard
+from functional_adam.tensors.leaves import local_shard
 from functional_adam.tensors.tracking import is_fake
 
 

@@ -14,6 +14,7 @@ import torch.utils._pytree as torch_pytree
 from optree import PyTreeSpec
 from torch import Tensor
 
+Scalar: TypeAlias = float | Tensor
 TensorTree: TypeAlias = Any
 """A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
 
