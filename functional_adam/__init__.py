@@ -5,8 +5,7 @@ from types import ModuleType
 
 from functional_adam import recycling as recycling
 from functional_adam import transformation
-from functional_adam.adam.hparams import AdamHparams
-from functional_adam.adam.state import AdamState, adam_init
+from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.autodiff.function import GrowingGraphWarning
 from functional_adam.call.explanation import explain
 from functional_adam.call.update import adam_update

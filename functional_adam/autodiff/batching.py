@@ -16,8 +16,7 @@ from torch import Tensor
 from functional_adam.adam.equations import Coefficients, LeafHparams, beside, coefficients, precise, update_leaves
 from functional_adam.adam.kernels import KERNELS, Kernel, check_numbers
 from functional_adam.tensors.batch import Batch
-from functional_adam.tensors.recycling import copies
-from functional_adam.tensors.staging import Run, Stage, finish
+from functional_adam.tensors.staging import Run, Stage, copied, finish
 from functional_adam.tensors.tracking import (
     is_constant,
     is_host_value,
@@ -96,7 +95,7 @@ def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:
     given = spec.batch(flat)
     h = spec.hparams(x.item() if isinstance(x, Tensor) and is_host_value(x) else x for x in spec.numbers(flat))
     check_numbers([h], readable(given.steps))
-    new = given.with_buffers(copies(given.buffers))
+    new = copied(given)
     _run_in_place(KERNELS[spec.kernel], _advanced(new), h, is_ready=spec.is_ready)
     return tuple(new.buffers)
 

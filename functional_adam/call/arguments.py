@@ -1,6 +1,6 @@
 """Read: the trees of an update become one batch of columns and the numbers of each leaf."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -9,10 +9,23 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 from functional_adam.adam.equations import LeafHparams
-from functional_adam.adam.hparams import NUMBER_NAMES, AdamHparams, check_hparams, number_fault, to_float
-from functional_adam.adam.state import AdamState, is_spent
+from functional_adam.adam.pytrees import (
+    NUMBER_NAMES,
+    AdamHparams,
+    AdamState,
+    check_hparams,
+    is_spent,
+)
 from functional_adam.tensors.batch import BUFFERS, Batch
-from functional_adam.tensors.leaves import Label, check_leaves, check_masters, check_params, full_value
+from functional_adam.tensors.leaves import (
+    Label,
+    check_leaves,
+    check_masters,
+    check_params,
+    full_value,
+    number_fault,
+    to_float,
+)
 from functional_adam.tensors.tracking import is_readable
 from functional_adam.tensors.trees import (
     Scalar,
@@ -51,19 +64,25 @@ class Arguments(NamedTuple):
         """The leaves that have a gradient."""
         return [i for i, x in enumerate(self.batch.grads) if x is not None]  # pyright: ignore[reportUnnecessaryComparison]
 
-    def written(self) -> Iterator[tuple[str, Tensor]]:
-        """What a donation writes: the names of tensors, and they."""
-        for root, column in zip(BUFFERS, self.batch, strict=False):
-            for i, x in enumerate(column):
-                yield self.label("state.master_params" if root == "params" and i in self.narrow else root, i), x
-        for i, x in enumerate(self.batch.steps):
-            yield self.label("state.step", i) if self.has_own_steps else "state.step", x
-        yield from ((self.label("params", i), x) for i, x in self.narrow.items())
+    def owner(self, root: str, index: int) -> str:
+        """The tree that a leaf of the batch comes from: a master stands for its parameter."""
+        return "state.master_params" if root == "params" and index in self.narrow else root
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """What a donation reads and does not write."""
-        yield from ((self.label("grads", i), self.batch.grads[i]) for i in self.moving)
-        yield from (("a hyperparameter, grad_scale or found_inf", x) for x in self.others)
+    def written(self) -> list[tuple[str, int, Tensor]]:
+        """What a donation writes, each with its tree and its leaf; -1 where it belongs to no leaf."""
+        columns = zip(BUFFERS, self.batch, strict=False)
+        owned = [(self.owner(root, i), i, x) for root, column in columns for i, x in enumerate(column)]
+        owned += [("state.step", i if self.has_own_steps else -1, x) for i, x in enumerate(self.batch.steps)]
+        return owned + [("params", i, x) for i, x in self.narrow.items()]
+
+    def read(self) -> list[tuple[str, int, Tensor]]:
+        """The same for what a donation reads and does not write."""
+        grads = [("grads", i, self.batch.grads[i]) for i in self.moving]
+        return grads + [("a hyperparameter, grad_scale or found_inf", -1, x) for x in self.others]
+
+    def name(self, root: str, index: int) -> str:
+        """The name of a tensor with this tree and leaf."""
+        return root if index < 0 else self.label(root, index)
 
     def with_numbers_read(self) -> "Arguments":
         """The same with Python numbers for hyperparameters that can be read; sets that are equal then are one."""
@@ -104,8 +123,7 @@ class Arguments(NamedTuple):
             fault = _step_fault(steps[0 if is_shared else index], param) if steps else None
             if fault:
                 error, text = fault
-                where = self.label("state.step", index) if self.has_own_steps else "state.step"
-                raise error(f"{where} {text}")
+                raise error(f"{self.name('state.step', index if self.has_own_steps else -1)} {text}")
 
 
 def read(x: Any) -> Any:

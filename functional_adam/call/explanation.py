@@ -6,15 +6,11 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.adam.equations import EQUATIONS
-from functional_adam.adam.hparams import AdamHparams
 from functional_adam.adam.kernels import KernelName
-from functional_adam.adam.state import AdamState
+from functional_adam.adam.pytrees import AdamHparams, AdamState
 from functional_adam.call.arguments import Arguments, read_arguments
 from functional_adam.call.plan import Group, Plan, plan_update
-from functional_adam.tensors.batch import BUFFERS
 from functional_adam.tensors.leaves import local_shard
-from functional_adam.tensors.staging import GRADS
 from functional_adam.tensors.trees import Scalar, TensorTree, flatten
 
 
@@ -129,22 +125,19 @@ def explain(
     for root, index, nbytes, why in (*_results(plan, given, donate=donate), *_copies(given, groups)):
         found.setdefault((root, why), []).append((given.label(root, index), nbytes))
     memory = [NewMemory([name for name, _ in x], sum(n for _, n in x), why) for (_, why), x in found.items()]
-    leaf_groups = [_leaf_group(plan, given, group) for group in groups]
+    leaf_groups = [_leaf_group(given, group) for group in groups]
     return Explanation(plan.watched_by, plan.kernel, plan.why, leaf_groups, still, memory)
 
 
-def _leaf_group(plan: Plan, given: Arguments, group: Group) -> LeafGroup:
+def _leaf_group(given: Arguments, group: Group) -> LeafGroup:
     leaves = [given.batch.params[i] for i in group.indices]
     h = given.sets[given.places[group.indices[0]]]
     tree = AdamHparams(amsgrad=h.amsgrad, maximize=h.maximize, decoupled_weight_decay=h.decoupled_weight_decay)
     # By unflatten, which checks no values: what the update takes can be explained.
     numbers = flatten(tree)[1].unflatten(h[:5])
-    # Half types are computed in float32 by the equations.
-    dtype = group.stage.dtype
-    dtype = torch.promote_types(dtype, torch.float32) if plan.kernel == EQUATIONS else dtype
     names = [given.label("params", i) for i in group.indices]
     return LeafGroup(
-        leaves[0].device, dtype, names, sum(_local(x).numel() for x in leaves), cast("AdamHparams", numbers)
+        leaves[0].device, group.stage.dtype, names, sum(_local(x).numel() for x in leaves), cast("AdamHparams", numbers)
     )
 
 
@@ -157,34 +150,27 @@ def _results(plan: Plan, given: Arguments, *, donate: bool) -> _Found:
     why = "is a result, and old values stay: nothing is donated"
     if donate and plan.watched_by:
         why = f"is computed apart, then copied into donated memory: watched by {plan.watched_by}"
-    if not donate or plan.watched_by:
-        for root, column in zip(BUFFERS, given.batch, strict=False):
-            for index, x in enumerate(column):
-                yield _owner(given, root, index), index, _local(x).nbytes, why
-    for index, x in given.narrow.items():
-        if given.batch.grads[index] is not None:  # pyright: ignore[reportUnnecessaryComparison]
-            yield "params", index, _local(x).nbytes, "is rounded from its master"
-        elif not donate:
-            yield "params", index, _local(x).nbytes, why
+    moving = {*given.moving}
+    for root, index, x in given.written():
+        is_narrow = root == "params" and index in given.narrow
+        if is_narrow and index in moving:
+            yield root, index, _local(x).nbytes, "is rounded from its master"
+        elif root != "state.step" and (not donate or (plan.watched_by and not is_narrow)):
+            yield root, index, _local(x).nbytes, why
 
 
 def _copies(given: Arguments, groups: list[Group]) -> _Found:
     """What the kernel cannot take as it is."""
     for group in groups:
-        for (column, place), why in group.reasons.items():
+        for (root, place), why in group.reasons.items():
             index = group.indices[place]
-            root = "grads" if column == GRADS else _owner(given, BUFFERS[column], index)
-            yield root, index, _local(given.batch.params[index]).numel() * group.stage.dtype.itemsize, why
+            nbytes = _local(given.batch.params[index]).numel() * group.stage.dtype.itemsize
+            yield given.owner(root, index), index, nbytes, why
 
 
 def _local(x: Tensor) -> Tensor:
     with torch.no_grad():
         return local_shard(x)
-
-
-def _owner(given: Arguments, root: str, index: int) -> str:
-    """Among the buffers a master stands for its parameter."""
-    return "state.master_params" if root == "params" and index in given.narrow else root
 
 
 def _listed(paths: list[str]) -> str:

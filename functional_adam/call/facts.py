@@ -17,6 +17,7 @@ from torch import Tensor
 
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.leaves import PLAIN, is_dtensor
+from functional_adam.tensors.overlap import are_apart_by_address
 from functional_adam.tensors.recycling import LARGE
 from functional_adam.tensors.tracking import is_tracing, is_transformed
 
@@ -31,6 +32,7 @@ class Facts:
 
     devices: set[torch.device]  # of parameters
     are_plain: bool = False  # tensors and parameters, strided
+    can_be_read: bool = False  # plain, in the host's memory, and none requires grad
     requires_grad: bool = False  # some tensor does
     is_inference: bool = False  # some tensor was made in inference mode
     is_bare: bool = False  # no tensor requires grad or is an nn.Parameter
@@ -39,9 +41,7 @@ class Facts:
     is_ready: bool = False  # leaves are of one real dtype and device, contiguous and without lazy bits
     has_shards: bool = False  # some parameter is a DTensor
     nbytes: list[int] = field(default_factory=_no_numbers)  # of each tensor
-    disjoint: list[int] = field(
-        default_factory=_no_numbers
-    )  # addresses at which they were last found to share no memory
+    disjoint: list[int] = field(default_factory=_no_numbers)  # addresses at which they were found to share no memory
 
 
 def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:
@@ -60,6 +60,7 @@ def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:
     return Facts(
         devices,
         are_plain=True,
+        can_be_read=not requires_grad and all(x.is_cpu for x in tensors),
         requires_grad=requires_grad,
         is_inference=any(x.is_inference() for x in tensors),
         is_bare=not requires_grad and torch.nn.Parameter not in {*map(type, tensors)},
@@ -72,6 +73,18 @@ def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:
         and not any(x.is_neg() for x in leaves),
         nbytes=[x.nbytes for x in tensors],
     )
+
+
+def are_surely_apart(tensors: Sequence[Tensor], facts: Facts) -> bool:
+    """Whether all tensors of a call can be seen, at one look, to share no memory."""
+    if not facts.are_contiguous:
+        return False
+    starts = [*map(Tensor.data_ptr, tensors)]
+    if starts != facts.disjoint:
+        if not are_apart_by_address(starts, facts.nbytes):
+            return False
+        facts.disjoint = starts
+    return True
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 
 from functional_adam.adam.equations import EQUATIONS, compute_dtype
-from functional_adam.adam.hparams import check_flag
 from functional_adam.adam.kernels import KERNELS, check_kernel_name, check_numbers, select_kernel
 from functional_adam.call.arguments import Arguments, read
-from functional_adam.call.donation import are_surely_apart, check_apart
-from functional_adam.call.facts import Facts, Memory, find_facts
-from functional_adam.tensors.leaves import is_dtensor, local_shard, placement_change
-from functional_adam.tensors.staging import GRADS, RUN, Reasons, Stage
+from functional_adam.call.facts import Facts, Memory, are_surely_apart, find_facts
+from functional_adam.tensors.leaves import check_flag, is_dtensor, local_shard, placement_change
+from functional_adam.tensors.overlap import check_apart
+from functional_adam.tensors.staging import COLUMNS, RUN, Reasons, Stage
 from functional_adam.tensors.tracking import (
     forward_levels,
     is_compiled_here,
@@ -80,12 +79,12 @@ def plan_update(given: Arguments, kernel: str, *, donate: bool, is_explained: bo
         if plan.facts.are_plain and not is_explained:
             _plans.remember(key, tensors, plan)
     if plan.watched_by is None:
-        steps, is_host = given.batch.steps, plan.facts.are_plain and not plan.facts.requires_grad
-        check_numbers(given.sets, steps if is_host and steps and steps[0].is_cpu else readable(steps))
+        steps = given.batch.steps
+        check_numbers(given.sets, steps if plan.facts.can_be_read else readable(steps))
         if donate and not are_surely_apart(tensors, plan.facts):
-            written, others = [*given.written()], [*given.read()]
-            names = [name for name, _ in written + others]
-            check_apart([x for _, x in written], [x for _, x in others], names.__getitem__)
+            written, others = given.written(), given.read()
+            owners = [(root, index) for root, index, _ in written + others]
+            check_apart([x for *_, x in written], [x for *_, x in others], lambda place: given.name(*owners[place]))
         given = given._replace(grad_scale=read(given.grad_scale), found_inf=read(given.found_inf))
     return plan, given
 
@@ -93,7 +92,7 @@ def plan_update(given: Arguments, kernel: str, *, donate: bool, is_explained: bo
 def _key(given: Arguments, kernel: str, *, donate: bool) -> tuple[object, ...]:
     """What a plan follows from beside the tensors; no number is, so that a schedule makes no new plan."""
     batch, sets, found_inf = given.batch, given.sets, given.found_inf
-    moving = () if type(None) not in {*map(type, batch.grads)} else tuple(given.moving)
+    moving = tuple(given.moving) if type(None) in {*map(type, batch.grads)} else True
     numbers = [(h[5:], [*map(type, h)]) for h in sets]
     extras = given.grad_scale is None, found_inf if found_inf is None else is_readable(found_inf)
     counts = len(batch.params), len(batch.steps), len(given.others), given.has_own_steps, tuple(given.narrow)
@@ -156,7 +155,7 @@ def _check_donation(given: Arguments, facts: Facts, watched_by: str | None) -> N
     if (
         facts.is_inference
         and not torch.is_inference_mode_enabled()
-        and any(x.is_inference() for _, x in given.written())
+        and any(x.is_inference() for *_, x in given.written())
     ):
         raise RuntimeError(
             "Cannot donate tensors made under torch.inference_mode() outside of it. "
@@ -180,7 +179,11 @@ def _groups(given: Arguments, facts: Facts, kernel: str, *, is_chosen: bool) -> 
     has_scale = given.grad_scale is not None
     record = KERNELS.get(kernel)
     needs = () if record is None else (record.needs_one_layout, has_scale, is_chosen and not record.takes_found_inf)
-    return [Group(indices, Stage(dtype, *needs), {}) for (_, dtype, _), indices in together.items()]
+    # Half types are computed in float32 by the equations.
+    return [
+        Group(indices, Stage(torch.promote_types(dtype, torch.float32) if record is None else dtype, *needs), {})
+        for (_, dtype, _), indices in together.items()
+    ]
 
 
 @torch.no_grad()
@@ -189,14 +192,14 @@ def _reasons(given: Arguments, group: Group, *, donate: bool, is_watched: bool) 
     batch = given.batch.take(group.indices)
     if is_watched and given.found_inf is not None:
         # Gradients are replaced, and results chosen, outside of the kernel.
-        return {(c, i): _CHOSEN for c, column in enumerate(batch[: GRADS + 1]) for i in range(len(column))}
+        return {(root, i): _CHOSEN for root, column in zip(COLUMNS, batch, strict=False) for i in range(len(column))}
     pairs = [*zip(batch.grads, batch.params, strict=True)]
     redistributed = [i for i, pair in enumerate(pairs) if placement_change(*pair) is not None]
     grads = [param if i in redistributed else grad for i, (grad, param) in enumerate(pairs)]
     local = batch.map(local_shard)._replace(grads=[*map(local_shard, grads)])
     if not donate and not all(x.is_contiguous() for x in local.buffers):
         local = local.map(lambda x: torch.empty_like(x, device="meta"))
-    why = dict.fromkeys(((GRADS, i) for i in redistributed), "is redistributed to the placements of its parameter")
+    why = dict.fromkeys((("grads", i) for i in redistributed), "is redistributed to the placements of its parameter")
     return {**group.stage.reasons(local), **why}
 
 

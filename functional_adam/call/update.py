@@ -6,18 +6,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_adam.adam.hparams import AdamHparams
 from functional_adam.adam.kernels import KERNELS, KernelName
-from functional_adam.adam.state import AdamState
+from functional_adam.adam.pytrees import AdamHparams, AdamState
 from functional_adam.autodiff.function import advance, differentiable_update
 from functional_adam.call.arguments import Arguments, read_arguments
-from functional_adam.call.donation import checked_step, release, replace_steps_
 from functional_adam.call.plan import Plan, plan_update
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import with_layout_of
 from functional_adam.tensors.leaves import local_shard, placed_like
-from functional_adam.tensors.recycling import copies, empties
-from functional_adam.tensors.staging import Run, finish, finish_together
+from functional_adam.tensors.overlap import checked_step
+from functional_adam.tensors.staging import Run, copied, emptied, finish, finish_together
 from functional_adam.tensors.trees import Scalar, TensorTree, unflatten
 
 Params = TypeVar("Params")
@@ -118,11 +116,9 @@ def run_plan(plan: Plan, given: Arguments, *, donate: bool) -> tuple[Batch, list
 
 def _checked(given: Arguments) -> Arguments:
     """The arguments of a traced donation, with steps that the graph has only where no memory overlaps."""
-    (names, written), (others, read) = (
-        zip(*x, strict=True) if x else ((), ()) for x in ([*given.written()], [*given.read()])
-    )
-    steps = given.batch.steps
-    checked = [checked_step(step, written, read, [*names, *others]) for step in steps[:1]]
+    written, read, steps = given.written(), given.read(), given.batch.steps
+    names = [given.name(root, index) for root, index, _ in written + read]
+    checked = [checked_step(step, [x for *_, x in written], [x for *_, x in read], names) for step in steps[:1]]
     return given._replace(batch=given.batch._replace(steps=[*checked, *steps[1:]]))
 
 
@@ -130,10 +126,7 @@ def _run_kernel(plan: Plan, given: Arguments, *, donate: bool) -> Batch:
     """In place, on the buffers if they are donated, else on copies."""
     old, facts, found_inf = given.batch, plan.facts, given.found_inf
     is_streamed = plan.is_streamed and found_inf is not True
-    if is_streamed:
-        new = old.with_buffers(empties(old.buffers))
-    else:
-        new = old if donate else old.with_buffers(copies(old.buffers, are_small=facts.are_small))
+    new = old if donate else emptied(old) if is_streamed else copied(old, are_small=facts.are_small)
     if donate and facts.is_ready and len(old.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
         advanced = [*(torch.stack(old.steps) + 1).unbind(0)]
@@ -149,9 +142,9 @@ def _run_kernel(plan: Plan, given: Arguments, *, donate: bool) -> Batch:
         if facts.has_shards:
             with torch.no_grad():  # a DTensor and its shard count apart
                 torch.autograd.graph.increment_version([*map(local_shard, new.buffers)])
-        steps = replace_steps_(given.batch.steps, steps)
+        steps = _replace_steps_(given.batch.steps, steps)
         if not facts.is_bare:
-            new = new._replace(params=release(new.params))
+            new = new._replace(params=_release(new.params))
     return new._replace(steps=steps)
 
 
@@ -201,7 +194,7 @@ def _rounded(plan: Plan, given: Arguments, wide: list[Tensor], *, donate: bool) 
         new = old if is_skipped else _where(given.found_inf, wide[index], old)
         # The layout is that of the parameter, whatever that of its master is.
         if donate:
-            params[index] = release([old.copy_(new.to(old.dtype) if old.is_neg() else new)])[0]
+            params[index] = _release([old.copy_(new.to(old.dtype) if old.is_neg() else new)])[0]
         elif plan.watched_by is None:
             params[index] = torch.empty_like(old).copy_(new)
         else:
@@ -256,3 +249,22 @@ def _next_steps(plan: Plan, given: Arguments, advanced: list[Tensor]) -> list[Te
 def _where(found_inf: Tensor | bool | None, new: Tensor, old: Tensor | float) -> Tensor:
     """`new`, or `old` if the update is skipped."""
     return torch.where(found_inf.to(new.device), old, new) if isinstance(found_inf, Tensor) else new
+
+
+def _replace_steps_(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """Fresh tensor objects with the values of `new` on the memory of `old`; the old objects are emptied.
+
+    CUDA graphs replay on memory, so the memory stays. The next use of the donated state meets an empty step, and is
+    noticed without reading a value.
+    """
+    fresh = [step.detach() for step in old]
+    for step, value in zip(fresh, new, strict=True):
+        step.copy_(value)
+    for step in old:
+        step.set_()  # pyright: ignore[reportCallIssue] (the overload without arguments has no stub)
+    return fresh
+
+
+def _release(params: list[Tensor]) -> list[Tensor]:
+    """`params` as results: plain tensors outside autograd, on the same memory."""
+    return [x.detach() if x.requires_grad or isinstance(x, torch.nn.Parameter) else x for x in params]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from functional_adam.adam.hparams import AdamHparams, number_fault
 from functional_adam.adam.kernels import KernelName
-from functional_adam.adam.state import adam_init
+from functional_adam.adam.pytrees import AdamHparams, adam_init
 from functional_adam.call.arguments import Arguments, numbers_of
 from functional_adam.call.plan import plan_update
 from functional_adam.call.update import run_plan
 from functional_adam.tensors.batch import Batch
+from functional_adam.tensors.leaves import number_fault
 from functional_adam.tensors.overlap import find_overlap
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]

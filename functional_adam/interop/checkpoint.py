@@ -6,9 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from functional_adam.adam.hparams import AdamHparams, check_scalar, number_fault, to_float
-from functional_adam.adam.state import AdamState, adam_init, is_spent
-from functional_adam.tensors.leaves import DTYPES, tensor_fault
+from functional_adam.adam.pytrees import (
+    AdamHparams,
+    AdamState,
+    adam_init,
+    check_scalar,
+    is_spent,
+)
+from functional_adam.tensors.leaves import DTYPES, number_fault, tensor_fault, to_float
 from functional_adam.tensors.trees import TensorTree, flatten
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.

@@ -7,8 +7,7 @@ from typing import Any, Literal, cast
 from optree import PyTreeSpec
 from torch import Tensor
 
-from functional_adam.adam.hparams import AdamHparams, check_hparams, check_scalar
-from functional_adam.adam.state import AdamState, adam_init
+from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init, check_hparams, check_scalar
 from functional_adam.call.arguments import Arguments, read_arguments
 from functional_adam.interop.checkpoint import copy_into, listed, read_step
 from functional_adam.tensors.trees import TensorTree, flatten, flatten_like, insertion_order, keys_of, unflatten

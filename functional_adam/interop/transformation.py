@@ -5,11 +5,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from functional_adam.adam.hparams import AdamHparams, check_flag
 from functional_adam.adam.kernels import KernelName, check_kernel_name
-from functional_adam.adam.state import AdamState, adam_init
+from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.call.update import adam_update
-from functional_adam.tensors.leaves import tensor_fault
+from functional_adam.tensors.leaves import check_flag, tensor_fault
 from functional_adam.tensors.overlap import find_overlap
 from functional_adam.tensors.tracking import is_tracing, is_transformed
 from functional_adam.tensors.trees import (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, MappingView, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -16,6 +17,9 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))
 DTYPES = frozenset(
     (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128)
 )
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NUMBER_DTYPES = {*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 MASTER_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 """Of parameters that can have a copy of more precision, and of that."""
@@ -108,6 +112,30 @@ def tensor_fault(x: object) -> str | None:
     if x.dtype not in DTYPES:
         return f"is of {x.dtype}. Expected a floating or complex dtype: convert it or take it out."
     return class_fault(x)
+
+
+def number_fault(tensor: Tensor) -> str | None:
+    """Why `tensor` holds no numbers to compute with, or None."""
+    layout = foreign_layout(tensor)
+    if layout:
+        return f"has the layout {layout}. Expected a number or a dense tensor."
+    if tensor.dtype not in _NUMBER_DTYPES:
+        return f"is a tensor of {tensor.dtype}. Expected a real tensor: convert it first."
+    return class_fault(tensor)
+
+
+def to_float(value: Real, where: str) -> float:
+    """`value` as the float that kernels compute with."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where} is too large for a float. Expected a number below 1.8e308.") from None
+
+
+def check_flag(value: Any, where: str) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{where} is of type {type(value).__name__}. Expected True or False.")
 
 
 def is_dtensor(x: object) -> bool:

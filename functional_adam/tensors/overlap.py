@@ -1,10 +1,10 @@
-"""Do tensors share memory? Decided by addresses where that is enough, else byte by byte."""
+"""Do tensors share memory? Decided by addresses where that is enough, else byte by byte; also in a compiled graph."""
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,3 +166,40 @@ def _shared_byte(group: list[_Span]) -> tuple[int, int] | None:
 
 def _place(span: _Span) -> int:
     return span.place
+
+
+def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callable[[int], str]) -> None:
+    """Raise RuntimeError if writing would change another tensor; `name` says what the tensors are, in this order."""
+    found = find_overlap(written, read)
+    if found is None:
+        return
+    first, second = map(name, found)
+    what = "overlaps itself" if first == second else f"shares memory with {second}"
+    raise RuntimeError(
+        f"Cannot donate {first}: it {what}, so that writing one would change the other. "
+        "Clone one of them, or update without donate."
+    )
+
+
+def checked_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """`step`, as a value that a compiled graph has only where no memory overlaps, which is seen when it runs."""
+    shards = [*map(local_shard, written)], [*map(local_shard, read)]
+    operator: Any = torch.ops.functional_adam.checked_step
+    return operator(step, *shards, "\n".join(names))
+
+
+def _checked_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> Tensor:
+    check_apart(written, read, names.split("\n").__getitem__)
+    return step.clone()
+
+
+def _fake_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(step)
+
+
+# Compiled code may write into a tensor only after all operators that take it have run.
+_library: Any = torch.library.Library("functional_adam", "FRAGMENT")
+_library.define("checked_step(Tensor step, Tensor[] written, Tensor[] read, str names) -> Tensor")
+_library.impl("checked_step", _checked_step, "CompositeExplicitAutograd")
+_untyped: Any = torch.library
+_untyped.register_fake("functional_adam::checked_step", _fake_step)

@@ -14,13 +14,13 @@ from torch import Tensor
 from functional_adam.tensors.batch import BUFFERS, Batch
 from functional_adam.tensors.layouts import as_real, is_laid_out_like
 from functional_adam.tensors.pieces import cut_into_pieces
-from functional_adam.tensors.recycling import empty_like
+from functional_adam.tensors.recycling import copies, empties, empty_like
 
 # In elements of a column. Smaller runs cost more in calls than they save.
 RUN = 2**18
-GRADS = len(BUFFERS)  # the column behind the buffers
+COLUMNS = (*BUFFERS, "grads")
 
-Reasons: TypeAlias = dict[tuple[int, int], str]
+Reasons: TypeAlias = dict[tuple[str, int], str]
 """Why a kernel gets a copy of a tensor, by its column and its place in that."""
 
 
@@ -48,19 +48,19 @@ class Stage(NamedTuple):
             return {}
         found = (
             ((column, place), self._why_copied(x, batch.params[place], column))
-            for column, leaves in enumerate(batch[: GRADS + 1])
+            for column, leaves in zip(COLUMNS, batch, strict=False)
             for place, x in enumerate(leaves)
         )
         return {key: why for key, why in found if why}
 
-    def _why_copied(self, x: Tensor, param: Tensor, column: int) -> str | None:
+    def _why_copied(self, x: Tensor, param: Tensor, column: str) -> str | None:
         if x.dtype is not self.dtype:
             return f"is of {x.dtype} and computed in {self.dtype}"
         if x.is_conj() or x.is_neg():
             return "has a lazy conjugation or negation"
         if self.needs_one_layout and not is_laid_out_like(x, param):
             return "is not dense" if x is param else "is not laid out like its parameter"
-        if column == GRADS:
+        if column == "grads":
             return "is divided by grad_scale" if self.is_scaled else None
         return "is chosen by found_inf, whose value is not read" if self.is_chosen else None
 
@@ -78,19 +78,12 @@ class Run(NamedTuple):
         batch, results, _, _ = self
         for piece in cut_into_pieces(batch.params, RUN):
             indices, (first, start, stop) = [index for index, _, _ in piece], piece[0]
-            reasons = {
-                (c, i): why
-                for i, j in enumerate(indices)
-                for c in range(GRADS + 1)
-                if (why := self.reasons.get((c, j)))
-            }
-            part = self._replace(batch=batch.take(indices), results=results.take(indices), reasons=reasons)
-            is_cut = stop - start < batch.params[first].numel()
-            yield (
-                part._replace(batch=_sliced(part.batch, start, stop), results=_sliced(part.results, start, stop))
-                if is_cut
-                else part
-            )
+            places = {index: place for place, index in enumerate(indices)}
+            reasons = {(column, places[i]): why for (column, i), why in self.reasons.items() if i in places}
+            part, whole = batch.take(indices), results.take(indices)
+            if stop - start < batch.params[first].numel():
+                part, whole = _sliced(part, start, stop), _sliced(whole, start, stop)
+            yield Run(part, whole, self.stage, reasons)
 
     def start(
         self, kernel: Callable[[Batch], Iterator[None]], divisor: Tensor | float | None, found_inf: Tensor | None
@@ -122,19 +115,29 @@ class Run(NamedTuple):
         """What the kernel gets, real and in one dtype; `commits` takes old values, places and copies of buffers."""
         batch, results, stage, reasons = self
         columns: list[list[Tensor]] = []
-        for c, (olds, news) in enumerate(zip(batch[: GRADS + 1], (*results[:GRADS], batch.grads), strict=True)):
+        for root, olds, news in zip(COLUMNS, batch, (*results[:4], batch.grads), strict=False):
             columns.append([])
             for place, (old, new) in enumerate(zip(olds, news, strict=True)):
                 ready = new
-                if (c, place) in reasons:
+                if (root, place) in reasons:
                     # Between float16 and float32, torch's copy_ ignores the negative bit.
                     ready = empty_like(results.params[place], stage.dtype).copy_(old.resolve_neg())
-                    if c < GRADS:
+                    if root != "grads":
                         commits.append((old, new, ready))
                 elif new is not old:
                     new.copy_(old)
-                columns[c].append(as_real(ready))
+                columns[-1].append(as_real(ready))
         return Batch(*columns, batch.steps)
+
+
+def copied(batch: Batch, *, are_small: bool = False) -> Batch:
+    """`batch` with copies of its buffers, `are_small` as in `recycling.copies`."""
+    return batch.with_buffers(copies(batch.buffers, are_small=are_small))
+
+
+def emptied(batch: Batch) -> Batch:
+    """`batch` with buffers like its own that are still to be filled."""
+    return batch.with_buffers(empties(batch.buffers))
 
 
 def finish(run: Iterator[None]) -> None:
@@ -152,5 +155,5 @@ def finish_together(runs: Iterable[Iterator[None]]) -> None:
 
 
 def _sliced(batch: Batch, start: int, stop: int) -> Batch:
-    columns = ([x.view(-1)[start:stop] for x in column] for column in batch[: GRADS + 1])
+    columns = ([x.view(-1)[start:stop] for x in column] for column in batch[:-1])
     return Batch(*columns, batch.steps)

@@ -27,7 +27,8 @@ _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrappe
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: True)
 _count_dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 1)
-_unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None)
+_can_unwrap = hasattr(_functorch, "is_functorch_wrapped_tensor")
+_unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None) if _can_unwrap else None
 _interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
 
 
@@ -148,5 +149,6 @@ def forward_levels() -> int:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
+    level = getattr(forward_ad, "_current_level", None)
     unpack_dual: Any = getattr(forward_ad, "unpack_dual")  # noqa: B009 (torch gives it no type)
-    return getattr(forward_ad, "_current_level", 0) >= 0 and unpack_dual(tensor).tangent is not None
+    return level is None or (level >= 0 and unpack_dual(tensor).tangent is not None)
