@@ -103,11 +103,10 @@ def update_leaves(
     batch: Batch, each: Sequence[Coefficients], *, maximize: bool, grad_scale: Scalar | None = None
 ) -> Batch:
     """`batch` after an update, with coefficients of its own for each of the steps."""
+    each = [*each] * len(batch.params) if len(each) == 1 else each
     rows = [
         update_leaf(row, grad, Coefficients(*(beside(x, grad) for x in c)), maximize=maximize, grad_scale=grad_scale)
-        for row, grad, c in zip(
-            batch.rows(), batch.grads, each * len(batch.params) if len(each) == 1 else each, strict=True
-        )
+        for row, grad, c in zip(batch.rows(), batch.grads, each, strict=True)
     ]
     return batch.with_buffers([x for column in zip(*rows, strict=True) for x in column if x is not None])
 

@@ -98,29 +98,17 @@ def _run_foreach(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
 
     A scalar of shape (members,) belongs to leaves whose first dimension counts members.
     """
-    p, m, v, u, g, _ = batch
+    p, m, v, u = batch[:4]
     dtype, wide, each = p[0].dtype, _scalar_dtype(p[0].dtype), _coefficients(batch, h)
     c = each[0]
-    has_tensor_size = isinstance(c.step_size, Tensor)
-    if h.maximize:
-        g = _ops._foreach_neg(g)
-    if isinstance(c.weight_decay, Tensor):
-        g = _ops._foreach_add(g, _ops._foreach_mul(p, _for_leaves(c.weight_decay, p)))
-    elif c.weight_decay != 0:
-        g = _ops._foreach_add(g, p, alpha=_saturated(c.weight_decay, dtype))
-    change, scaled = [], []
-    if isinstance(c.beta1, Tensor):
-        change = _ops._foreach_sub(g, m)
-        _ops._foreach_mul_(change, _for_leaves(1 - c.beta1, p))
-    if isinstance(c.beta2, Tensor):
-        scaled = _ops._foreach_mul(g, _for_leaves(1 - c.beta2, p))
+    g, change, scaled = _foreach_gradients(batch, c, maximize=h.maximize)
     decay, beta2 = _for_leaves(c.decay, p), _for_leaves(c.beta2, p)
     # With one tensor for all, _foreach_add_ would read its value.
     eps = [_beside(c.eps, x, dtype) for x in p] if isinstance(c.eps, Tensor) else c.eps
     root_corrections = [_beside(x.root_correction, leaf, dtype) for x, leaf in zip(each, p, strict=True)]
     step_sizes = [_beside(x.step_size, leaf, wide) for x, leaf in zip(each, p, strict=True)]
     denominator = [*map(torch.empty_like, v)]
-    direction = [*map(torch.empty_like, m)] if has_tensor_size else []
+    direction = [*map(torch.empty_like, m)] if isinstance(c.step_size, Tensor) else []
     yield
     if not is_number(c.decay, 1):
         _ops._foreach_mul_(p, decay)
@@ -148,6 +136,27 @@ def _run_foreach(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
         lengths = [_saturated(-cast("float", x), wide) for x in step_sizes]
         _ops._foreach_addcdiv_(p, m, denominator, lengths)
     _note_writing(batch, [*change, *denominator, *direction])
+
+
+def _foreach_gradients(
+    batch: Batch, c: Coefficients, *, maximize: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients with sign and coupled weight decay; where betas are tensors, the change of m, and (1 - beta2) g."""
+    p, g = batch.params, batch.grads
+    change: list[Tensor] = []
+    scaled: list[Tensor] = []
+    if maximize:
+        g = _ops._foreach_neg(g)
+    if isinstance(c.weight_decay, Tensor):
+        g = _ops._foreach_add(g, _ops._foreach_mul(p, _for_leaves(c.weight_decay, p)))
+    elif c.weight_decay != 0:
+        g = _ops._foreach_add(g, p, alpha=_saturated(c.weight_decay, p[0].dtype))
+    if isinstance(c.beta1, Tensor):
+        change = _ops._foreach_sub(g, batch.exp_avgs)
+        _ops._foreach_mul_(change, _for_leaves(1 - c.beta1, p))
+    if isinstance(c.beta2, Tensor):
+        scaled = _ops._foreach_mul(g, _for_leaves(1 - c.beta2, p))
+    return g, change, scaled
 
 
 def _for_leaves(x: float | Tensor, leaves: list[Tensor]) -> float | Tensor | list[float | Tensor]:

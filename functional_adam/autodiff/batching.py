@@ -8,7 +8,7 @@ The private torch names that this takes stand here; without one of them torch ca
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from functional_adam.tensors.tracking import (
     readable,
     requires_grad,
 )
+
+Flat: TypeAlias = Sequence[Any]
+"""The arguments of the Function, or what stands in their places: needs, tangents, dimensions."""
+Apply: TypeAlias = Callable[..., Sequence[Tensor]]
 
 # Half types are rounded once by a kernel; a direction of theirs would be rounded before.
 _PRECISE = (torch.float32, torch.float64)
@@ -59,13 +63,13 @@ class Spec:
         """How many buffers and gradients there are."""
         return self.buffer_count + self.count
 
-    def batch(self, flat: Sequence[Any]) -> Batch:
+    def batch(self, flat: Flat) -> Batch:
         """The leaves and their steps."""
         first_step = self.leaf_count + 5
         grads, steps = flat[self.buffer_count : self.leaf_count], flat[first_step : first_step + self.step_count]
         return self.buffers(flat)._replace(grads=list(grads), steps=list(steps))
 
-    def buffers(self, flat: Sequence[Any]) -> Batch:
+    def buffers(self, flat: Flat) -> Batch:
         """A batch of the buffers with which `flat` begins."""
         return Batch([None] * self.count, [], [], [], [], []).with_buffers(flat[: self.buffer_count])  # pyright: ignore[reportArgumentType]
 
@@ -76,21 +80,18 @@ class Spec:
             lr, beta1, beta2, eps, weight_decay, self.amsgrad, self.maximize, self.decoupled_weight_decay
         )
 
-    def numbers(self, flat: Sequence[Any]) -> Sequence[Any]:
+    def numbers(self, flat: Flat) -> Flat:
         """lr, beta1, beta2, eps, weight_decay."""
         return flat[self.leaf_count : self.leaf_count + 5]
 
-    def coefficients(self, flat: Sequence[Any]) -> list[Coefficients]:
+    def coefficients(self, flat: Flat) -> list[Coefficients]:
         """Those given for each step, or what stands in their places; empty if none were given."""
-        *shared, step_sizes, root_corrections = self._split_coefficients(flat)
-        return [Coefficients(*shared, *own) for own in zip(step_sizes, root_corrections, strict=True)]
-
-    def _split_coefficients(self, flat: Sequence[Any]) -> list[Any]:
         given, n = flat[self.leaf_count + 5 + self.step_count :], self.step_count
-        return [*given[:5], given[5 : 5 + n], given[5 + n :]]
+        rows = ((*given[:5], given[5 + k], given[5 + n + k]) for k in range(n if given else 0))
+        return [*map(Coefficients._make, rows)]
 
 
-def run(spec: Spec, flat: Sequence[Any]) -> tuple[Tensor, ...]:
+def run(spec: Spec, flat: Flat) -> tuple[Tensor, ...]:
     """The kernel on copies: new buffers."""
     given = spec.batch(flat)
     h = spec.hparams(x.item() if isinstance(x, Tensor) and is_host_value(x) else x for x in spec.numbers(flat))
@@ -123,8 +124,8 @@ class _Members(NamedTuple):
 
 
 def run_batched(
-    apply: Callable[..., Any], size: int, dims: Sequence[int | None], spec: Spec, flat: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    apply: Apply, size: int, dims: Sequence[int | None], spec: Spec, flat: Flat
+) -> tuple[Sequence[Tensor], tuple[int, ...]]:
     """The results of `size` members and their batch dimensions. `apply` is the Function, for outer transforms."""
     spec = replace(spec, is_ready=False)  # stacks may lie in memory in any way
     leaves, first = spec.leaf_count, spec.leaf_count + 5 + spec.step_count  # of the coefficients
@@ -216,7 +217,7 @@ def _run_members(members: _Members) -> Batch:
     columns = [[list(x.unbind(0)) for x in column] for column in new[:5]]
     steps = [list(x.unbind(0)) if x.dim() else [x] * size for x in new.leaf_steps]
     sets: dict[LeafHparams, list[int]] = {}
-    values = [x.tolist() if isinstance(x, Tensor) else [x] * size for x in numbers]
+    values = [_values(x) if isinstance(x, Tensor) else [x] * size for x in numbers]
     for member, own in enumerate(zip(*values, strict=True)):
         sets.setdefault(spec.hparams(own), []).append(member)
     for h, own in sets.items():
@@ -239,6 +240,10 @@ def _run_broadcast(members: _Members) -> Batch:
     return update_leaves(batch, each, maximize=spec.maximize)
 
 
+def _values(x: Any) -> list[float]:
+    return x.tolist()
+
+
 class _Functorch(NamedTuple):
     unwrap: Callable[[Tensor, int], tuple[Tensor, int | None]]
     wrap: Callable[[Tensor, int, int], Tensor]
@@ -257,7 +262,7 @@ def _find_functorch() -> _Functorch | None:
 _functorch = _find_functorch()
 
 
-def call_under_vmap(rule: Callable[..., Any], operands: Sequence[Any]) -> tuple[Any, ...] | None:
+def call_under_vmap(rule: Callable[..., Any], operands: Flat) -> tuple[Any, ...] | None:
     """The results of `rule(size, dims, operands)`, mapped, or None if this is for torch to do.
 
     `rule` takes the operands of all members, and gives results and their batch dimensions, as `Function.vmap` does.

@@ -10,7 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ from functional_adam.adam.equations import (
     is_number,
     update_leaves,
 )
-from functional_adam.autodiff.batching import Spec, call_under_vmap, run, run_batched
+from functional_adam.autodiff.batching import Apply, Flat, Spec, call_under_vmap, run, run_batched
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import as_leaf, as_real
-from functional_adam.tensors.pieces import Columns, Piece, cut_into_pieces, flattened, join, put_together, split
+from functional_adam.tensors.pieces import Columns, Piece, Rows, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.tensors.recycling import empty_like
 from functional_adam.tensors.tracking import (
     is_batched_by_engine,
@@ -51,6 +51,8 @@ class GrowingGraphWarning(UserWarning):
         >>> warnings.filterwarnings("ignore", category=functional_adam.GrowingGraphWarning)
     """
 
+
+Context: TypeAlias = Any  # torch gives it no type
 
 _MANY = 100  # updates in a row
 # Derivatives are computed in pieces of so many elements, so that intermediate values stay in the cache.
@@ -130,7 +132,7 @@ class _Update(torch.autograd.Function):
         return run(spec, flat)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: Flat, output: tuple[Tensor, ...]) -> None:
         spec, flat = inputs[0], inputs[1:]
         ctx.spec = spec
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in flat]
@@ -143,7 +145,7 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(*(x if i >= spec.count or reads_params else None for i, x in enumerate(tensors)))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
         flat = _saved(ctx)
         batch, each, wanted = spec.batch(flat), _coefficients(spec, flat), _wanted(ctx)
@@ -176,7 +178,7 @@ class _Update(torch.autograd.Function):
         return (None, *put_together(outgoing, batch.grads), *others)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Context, _: None, *tangents: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         spec: Spec = ctx.spec
         flat = _saved(ctx)
         batch, each = spec.batch(flat), _coefficients(spec, flat)
@@ -191,7 +193,7 @@ class _Update(torch.autograd.Function):
         return tuple(put_together(new if spec.amsgrad else new[:3], batch.grads))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Any, in_dims: Flat, spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return run_batched(_apply, info.batch_size, in_dims[1:], spec, flat)
 
 
@@ -200,10 +202,10 @@ _Update.forward.__signature__ = inspect.signature(_Update.forward)
 
 
 def _apply(spec: Spec, *flat: Any) -> Sequence[Tensor]:
-    def rule(size: int, dims: Sequence[int | None], flat: Sequence[Any]) -> Any:
+    def rule(size: int, dims: Sequence[int | None], flat: Flat) -> Any:
         return run_batched(_apply, size, dims, spec, flat)
 
-    apply: Callable[..., Sequence[Tensor]] = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
+    apply: Apply = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
     return call_under_vmap(rule, flat) or apply(spec, *flat)
 
 
@@ -213,19 +215,19 @@ class _Advance(torch.autograd.Function):
         return step + 1
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: Flat, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Context, cotangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return cotangent
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Context, tangent: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tangent
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any], step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Any, in_dims: Flat, step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _advance_members(info.batch_size, in_dims[0], step)
 
 
@@ -248,7 +250,7 @@ def _advance(step: Tensor) -> Tensor:
 _PER_STEP = ("step_size", "root_correction")
 
 
-def _wanted(ctx: Any) -> set[str]:
+def _wanted(ctx: Context) -> set[str]:
     """Which coefficients need a cotangent."""
     spec: Spec = ctx.spec
     needs = spec.coefficients(ctx.needs_input_grad[1:])
@@ -257,11 +259,11 @@ def _wanted(ctx: Any) -> set[str]:
     }
 
 
-def _saved(ctx: Any) -> list[Any]:
+def _saved(ctx: Context) -> Flat:
     return [number if x is None else x for x, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
 
 
-def _coefficients(spec: Spec, flat: Sequence[Any]) -> list[Coefficients]:
+def _coefficients(spec: Spec, flat: Flat) -> list[Coefficients]:
     """Those given for each step, or else, where nobody differentiates with respect to them, those that follow."""
     h = spec.hparams(spec.numbers(flat))
     return spec.coefficients(flat) or [coefficients(h, _value(step) + 1) for step in spec.batch(flat).steps]
@@ -279,9 +281,7 @@ def _pieces(batch: Batch) -> list[tuple[Piece, int]]:
     return [(piece, 0 if is_shared else piece[0][0]) for piece in pieces]
 
 
-def _plain_vjp(
-    columns: list[list[Any]], incoming: list[list[Any]], each: list[Coefficients], *, maximize: bool
-) -> Columns:
+def _plain_vjp(columns: Rows, incoming: Rows, each: list[Coefficients], *, maximize: bool) -> Columns:
     """The cotangents of (p, m, v, g) where `plain_leaf_vjp` can give them."""
     grads = columns[-1]
     outgoing: Columns = [[[] for _ in grads] for _ in range(4)]

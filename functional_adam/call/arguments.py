@@ -97,8 +97,7 @@ class Arguments(NamedTuple):
         batch, narrow, label = self.batch, self.narrow, self.label
         params = [narrow.get(i, x) for i, x in enumerate(batch.params)]
         check_params(params, label)
-        if narrow:
-            check_masters([*narrow.values()], [batch.params[i] for i in narrow], _picked(label, [*narrow]))
+        check_masters(narrow, batch.params, label)
         check_leaves(batch, label)
         self._check_steps()
         if self.others and any(x.is_meta for x in self.others) and not all(x.is_meta for x in batch.params):
@@ -193,7 +192,8 @@ def numbers_of(
         key = tuple(("tensor", place_of_tensor[x]) if isinstance(x, Tensor) else x for x in row)
         if key not in place_of:
             place_of[key] = len(sets)
-            sets.append(LeafHparams(*row, *flags))
+            lr, beta1, beta2, eps, weight_decay = row
+            sets.append(LeafHparams(lr, beta1, beta2, eps, weight_decay, *flags))
         places.append(place_of[key])
     return sets, places, tensors
 
@@ -210,10 +210,6 @@ def zero_dim(value: Any, name: str) -> Tensor:
     if value.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected a number or a 0-dim tensor.")
     return value
-
-
-def _picked(label: Label, indices: list[int]) -> Label:
-    return lambda root, index: label(root, indices[index])
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

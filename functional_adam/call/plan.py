@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from functional_adam.adam.equations import EQUATIONS, compute_dtype
 from functional_adam.adam.kernels import KERNELS, check_kernel_name, check_numbers, select_kernel
@@ -94,12 +95,12 @@ def _key(given: Arguments, kernel: str, *, donate: bool) -> tuple[object, ...]:
     batch, sets, found_inf = given.batch, given.sets, given.found_inf
     moving = tuple(given.moving) if type(None) in {*map(type, batch.grads)} else True
     numbers = [(h[5:], [*map(type, h)]) for h in sets]
-    extras = given.grad_scale is None, found_inf if found_inf is None else is_readable(found_inf)
+    extras = given.grad_scale is None, isinstance(found_inf, Tensor) and is_readable(found_inf), found_inf is None
     counts = len(batch.params), len(batch.steps), len(given.others), given.has_own_steps, tuple(given.narrow)
     return kernel, donate, counts, moving, numbers, given.places if len(sets) > 1 else (), extras
 
 
-def _make(given: Arguments, tensors: Sequence[torch.Tensor], kernel: str, *, donate: bool, is_explained: bool) -> Plan:
+def _make(given: Arguments, tensors: Sequence[Tensor], kernel: str, *, donate: bool, is_explained: bool) -> Plan:
     given.check()
     batch, facts = given.batch, find_facts(given.batch, tensors)
     watched_by = _watcher(facts)
@@ -119,7 +120,8 @@ def _make(given: Arguments, tensors: Sequence[torch.Tensor], kernel: str, *, don
     else:
         chosen = select_kernel(kernel, facts.devices, given.sets).name
         why = _why(given, facts, chosen, kernel, watched_by)
-    keeps_found_inf = given.found_inf is not None and not (watched_by is None and is_readable(given.found_inf))
+    found_inf = given.found_inf
+    keeps_found_inf = isinstance(found_inf, Tensor) and not (watched_by is None and is_readable(found_inf))
     groups = _groups(given, facts, chosen, is_chosen=keeps_found_inf)
     if chosen != EQUATIONS and (watched_by is None or is_explained):
         is_watched = watched_by is not None

@@ -1,7 +1,7 @@
 """adam_update: read, plan, run, write."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def adam_update(
     plan, given = plan_update(given, kernel, donate=donate)
     new, new_params, masters = run_plan(plan, given, donate=donate)
     like_params = treespec.unflatten
-    return like_params(new_params), AdamState(
+    return cast("Params", like_params(new_params)), AdamState(
         step=new.steps[0] if isinstance(state.step, Tensor) else unflatten(treespec, new.steps, params),
         exp_avg=like_params(new.exp_avgs),
         exp_avg_sq=like_params(new.exp_avg_sqs),
@@ -225,12 +225,12 @@ def _run_watched(plan: Plan, given: Arguments) -> Batch:
         for index, row in zip(group.indices, new.rows(), strict=True):
             rows[index] = row
     moving = {*given.moving}
-    columns: list[list[Tensor]] = [[], [], [], []]
-    for index, (old, new) in enumerate(zip(given.batch.rows(), rows, strict=True)):
-        for column, before, after in zip(columns, old, new, strict=True):
-            if before is not None and after is not None:
-                column.append(_where(found_inf, after, before) if index in moving else before.clone())
-    return Batch(*columns, [], _next_steps(plan, given, advanced))
+    flat: list[Tensor] = []
+    for olds, news in zip(zip(*given.batch.rows(), strict=True), zip(*rows, strict=True), strict=True):
+        for index, (old, new) in enumerate(zip(olds, news, strict=True)):
+            if old is not None and new is not None:
+                flat.append(_where(found_inf, new, old) if index in moving else old.clone())
+    return given.batch.with_buffers(flat)._replace(steps=_next_steps(plan, given, advanced))
 
 
 def _next_steps(plan: Plan, given: Arguments, advanced: list[Tensor]) -> list[Tensor]:

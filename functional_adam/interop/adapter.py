@@ -3,7 +3,7 @@
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from functional_adam.call.plan import plan_update
 from functional_adam.call.update import run_plan
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.leaves import number_fault
-from functional_adam.tensors.overlap import find_overlap
+from functional_adam.tensors.overlap import check_apart
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
+
+Group: TypeAlias = Mapping[str, Any]
+"""A parameter group, or another dict of an optimizer, whose values torch gives no type."""
 
 _BETAS = ("beta1", "beta2")  # the names in torch's functional classes
 _HPARAMS = tuple(field.name for field in fields(AdamHparams))
@@ -26,7 +29,7 @@ _HPARAMS = tuple(field.name for field in fields(AdamHparams))
 class _Defaults(UserDict[str, Any]):
     """Default hyperparameters; what is set here is set in every group, as torch's class reads its `defaults`."""
 
-    def __init__(self, defaults: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    def __init__(self, defaults: Group, groups: list[dict[str, Any]]) -> None:
         self.groups: list[dict[str, Any]] = []
         super().__init__(defaults)
         self.groups = groups
@@ -49,7 +52,7 @@ class _Defaults(UserDict[str, Any]):
 class _Call(NamedTuple):
     """The update of one group."""
 
-    group: Mapping[str, Any]
+    group: Group
     params: list[Tensor]
     grads: list[Tensor]
     rows: list[dict[str, Any]]  # the state of each parameter, updated in place
@@ -78,7 +81,7 @@ class _Call(NamedTuple):
         return [row.get(name) for row in self.rows]
 
 
-def _row_of(param: Tensor, row: Mapping[str, Any] | None, group: Mapping[str, Any]) -> dict[str, Any]:
+def _row_of(param: Tensor, row: Group | None, group: Group) -> dict[str, Any]:
     """The state of `param`, to be updated in place; a fresh one if it has none."""
     if row:
         # torch keeps steps on the CPU, in the default dtype, or, long ago, as numbers.
@@ -89,12 +92,15 @@ def _row_of(param: Tensor, row: Mapping[str, Any] | None, group: Mapping[str, An
 
 def _check_apart(calls: Sequence[Arguments]) -> None:
     """Raise RuntimeError if a group writes what another reads or writes; what is in one group, its plan checks."""
-    written = [pair for call in calls for pair in call.written()]
-    read = [pair for call in calls for pair in call.read()]
-    found = find_overlap([x for _, x in written], [x for _, x in read])
-    if found is not None:
-        first, second = ((written + read)[place][0] for place in found)
-        raise RuntimeError(f"{first} shares memory with {second}: writing one would change the other. Clone it.")
+    written = [(call, owned) for call in calls for owned in call.written()]
+    read = [(call, owned) for call in calls for owned in call.read()]
+    everything = written + read
+
+    def name(place: int) -> str:
+        call, (root, index, _) = everything[place]
+        return call.name(root, index)
+
+    check_apart([x for _, (*_, x) in written], [x for _, (*_, x) in read], name)
 
 
 def _flag(name: str) -> Any:
@@ -256,9 +262,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 self.state[param].update(row)
         self._opt_called = True  # what lr_scheduler looks at before it warns that no step came before its own
 
-    def _call(
-        self, group: Mapping[str, Any], places: list[int], params: Sequence[Tensor], grads: Sequence[Any]
-    ) -> _Call:
+    def _call(self, group: Group, places: list[int], params: Sequence[Tensor], grads: Sequence[Any]) -> _Call:
         own = [params[i] for i in places]
         # Only read: other threads may be at other parameters.
         rows = [_row_of(param, self.state.get(param), group) for param in own]
@@ -348,7 +352,7 @@ def _check_pairs(params: Any, grads: Any) -> None:
             raise TypeError(f"params[{place}] is of type {type(param).__name__}. Expected a tensor.")
 
 
-def _hparams_of_group(group: Mapping[str, Any]) -> AdamHparams:
+def _hparams_of_group(group: Group) -> AdamHparams:
     """The hyperparameters of a group; raise if they are none."""
     return AdamHparams(**{name: _without_dimensions(group[name], name) for name in _HPARAMS})
 
@@ -368,7 +372,7 @@ def _without_dimensions(value: Any, name: str) -> Any:
     return value.reshape(())
 
 
-def _kernel_of(group: Mapping[str, Any]) -> KernelName:
+def _kernel_of(group: Group) -> KernelName:
     """The kernel that a group asks for by torch's flags; single if by none."""
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -13,7 +13,7 @@ from functional_adam.adam.pytrees import (
     check_scalar,
     is_spent,
 )
-from functional_adam.tensors.leaves import DTYPES, number_fault, tensor_fault, to_float
+from functional_adam.tensors.leaves import check_fit, number_fault, tensor_fault, to_float
 from functional_adam.tensors.trees import TensorTree, flatten
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
@@ -124,23 +124,8 @@ def _check_format(flat: Any) -> None:
 
 def copy_into(place: Tensor, value: Any, where: str, like: str) -> Tensor:
     """A copy of `value` with the device and layout of `place`, and its own dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where} is of type {type(value).__name__}, expected a tensor.")
-    if (
-        value.is_nested
-        or value.layout is not torch.strided
-        or value.dtype not in DTYPES
-        or value.is_complex() != place.is_complex()
-    ):
-        kind = "complex" if place.is_complex() else "real floating"
-        raise TypeError(
-            f"{where} is a tensor of {value.dtype} and {value.layout}, expected a dense {kind} one as {like} is."
-        )
-    if value.shape != place.shape:
-        raise ValueError(
-            f"{where} has shape {tuple(value.shape)}, but {like} has {tuple(place.shape)}. "
-            "Give the params that the state was made with, in the same order."
-        )
+    advice = "Give the params that the state was made with, in the same order."
+    check_fit(value, place, lambda root, _: like if root == "params" else where, "", 0, advice, any_device=True)
     _check_has_values(value, where, place)
     return torch.empty_like(place, dtype=value.dtype).copy_(value.detach())
 

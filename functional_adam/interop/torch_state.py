@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from optree import PyTreeSpec
 from torch import Tensor
@@ -11,6 +11,9 @@ from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init, chec
 from functional_adam.call.arguments import Arguments, read_arguments
 from functional_adam.interop.checkpoint import copy_into, listed, read_step
 from functional_adam.tensors.trees import TensorTree, flatten, flatten_like, insertion_order, keys_of, unflatten
+
+Group: TypeAlias = Mapping[str, Any]
+"""A parameter group, or another dict of an optimizer, whose values torch gives no type."""
 
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -83,7 +86,7 @@ def _entry(given: Arguments, columns: list[list[Tensor]], index: int) -> dict[st
     return {"step": step, **moments}
 
 
-def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> tuple[AdamState, AdamHparams]:
+def from_torch_state_dict(params: TensorTree, state_dict: Group) -> tuple[AdamState, AdamHparams]:
     """The state and hyperparameters of a `torch.optim.Adam` or `AdamW`; the inverse of :func:`to_torch_state_dict`.
 
     Where the groups carry `param_names`, and keys of `params` are strings, parameters are found by name: the keys of
@@ -147,7 +150,7 @@ def from_torch_state_dict(params: TensorTree, state_dict: Mapping[str, Any]) -> 
     return state._replace(step=placed[0] if is_shared else unflatten(treespec, placed, params), **moments), hparams
 
 
-def _leaf_of(treespec: PyTreeSpec, params: TensorTree, groups: Sequence[Mapping[str, Any]]) -> dict[Hashable, int]:
+def _leaf_of(treespec: PyTreeSpec, params: TensorTree, groups: Sequence[Group]) -> dict[Hashable, int]:
     """The leaf of params that each id in the groups stands for, by its name or by its place."""
     ids: list[Any] = [key for group in groups for key in group.get("params", ())]
     # torch.distributed.checkpoint writes names instead of indices.
@@ -192,7 +195,7 @@ def _names(treespec: PyTreeSpec, params: TensorTree) -> tuple[list[str], Literal
     return [place_of[index] for index in range(len(names))], "clash" if has_keys else "places"
 
 
-def _check_entry(entry: Mapping[str, Any], where: str, hparams: AdamHparams) -> None:
+def _check_entry(entry: Group, where: str, hparams: AdamHparams) -> None:
     """Raise ValueError unless `entry` is what Adam keeps for a parameter."""
     names = ("step", *(_MOMENTS if hparams.amsgrad else _MOMENTS[:2]))
     missing = [name for name in names if name not in entry]
@@ -241,7 +244,7 @@ def _parts_of(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Hashable, dic
 
 
 def _hparams_of_groups(
-    groups: Sequence[Mapping[str, Any]], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec, params: Any
+    groups: Sequence[Group], leaf_of: Mapping[Hashable, int], treespec: PyTreeSpec, params: Any
 ) -> AdamHparams:
     """The hyperparameters of all groups; a number in which they differ becomes a tree like params."""
     owner = {leaf_of[key]: index for index, group in enumerate(groups) for key in group["params"]}
@@ -252,26 +255,7 @@ def _hparams_of_groups(
         return unflatten(treespec, [_own(values[owner[leaf]]) for leaf in range(treespec.num_leaves)], params)
 
     for index, group in enumerate(groups):
-        missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
-        if missing:
-            raise ValueError(
-                f"state_dict['param_groups'][{index}] has no {missing[0]!r}. Expected a group of Adam or AdamW."
-            )
-        betas: Any = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
-            raise ValueError(f"state_dict['param_groups'][{index}]['betas'] is {betas!r}, expected a pair of numbers.")
-        numbers: dict[str, Any] = {f"[{name!r}]": group[name] for name in ("lr", "eps", "weight_decay")}
-        numbers |= {"['betas'][0]": betas[0], "['betas'][1]": betas[1]}
-        for key, value in numbers.items():
-            where = f"state_dict['param_groups'][{index}]{key}"
-            check_scalar(value, where)
-            if isinstance(value, Tensor) and value.is_meta:
-                raise ValueError(f"{where} is on meta, where there are no values. Load it to a device.")
-        for name in _FLAGS:
-            flag = group.get(name)
-            if not isinstance(flag, (int, type(None))):
-                got = type(flag).__name__
-                raise TypeError(f"state_dict['param_groups'][{index}]['{name}'] is of type {got}, expected a bool.")
+        _check_numbers(group, f"state_dict['param_groups'][{index}]")
     flags = {name: [bool(group.get(name, False)) for group in groups] for name in _FLAGS}  # torch got them later
     for name, values in flags.items():
         if len({*values}) > 1:
@@ -288,6 +272,28 @@ def _hparams_of_groups(
         maximize=flags["maximize"][0],
         decoupled_weight_decay=flags["decoupled_weight_decay"][0],
     )
+
+
+def _check_numbers(group: Group, place: str) -> None:
+    """Raise unless the hyperparameters of `group` are there and of the right types."""
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]
+    if missing:
+        raise ValueError(f"{place} has no {missing[0]!r}. Expected a group of Adam or AdamW.")
+    betas: Any = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(f"{place}['betas'] is {betas!r}, expected a pair of numbers.")
+    numbers: dict[str, Any] = {f"[{name!r}]": group[name] for name in ("lr", "eps", "weight_decay")}
+    numbers |= {"['betas'][0]": betas[0], "['betas'][1]": betas[1]}
+    for key, value in numbers.items():
+        where = f"{place}{key}"
+        check_scalar(value, where)
+        if isinstance(value, Tensor) and value.is_meta:
+            raise ValueError(f"{where} is on meta, where there are no values. Load it to a device.")
+    for name in _FLAGS:
+        flag = group.get(name)
+        if not isinstance(flag, (int, type(None))):
+            got = type(flag).__name__
+            raise TypeError(f"{place}['{name}'] is of type {got}, expected a bool.")
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Adam in the shape of optax and TorchOpt: a pair (init, update), and apply_updates."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from functional_adam.adam.kernels import KernelName, check_kernel_name
 from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.call.update import adam_update
-from functional_adam.tensors.leaves import check_flag, tensor_fault
+from functional_adam.tensors.leaves import check_fit, check_flag, check_params, tensor_fault
 from functional_adam.tensors.overlap import find_overlap
 from functional_adam.tensors.tracking import is_tracing, is_transformed
 from functional_adam.tensors.trees import (
@@ -17,10 +17,12 @@ from functional_adam.tensors.trees import (
     flatten,
     flatten_like,
     in_kind_of,
+    labels_of,
     leaves_of,
     map_leaves,
-    path_of,
 )
+
+Params = TypeVar("Params")
 
 
 class Init(Protocol):
@@ -118,15 +120,26 @@ def adam(
         maximize=maximize,
         decoupled_weight_decay=decoupled_weight_decay,
     )
-    # A tensor may be traced, or lie on an accelerator: it is not read.
-    has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
+    optimizer = _Adam(hparams, kernel, per_leaf_step)
+    return GradientTransformation(optimizer.init, optimizer.update)
 
-    def init(params: TensorTree) -> AdamState:
-        return adam_init(params, hparams, per_leaf_step=per_leaf_step)
+
+class _Adam(NamedTuple):
+    """What `adam` was called with."""
+
+    hparams: AdamHparams
+    kernel: KernelName
+    per_leaf_step: bool
+
+    def init(self, params: TensorTree) -> AdamState:
+        return adam_init(params, self.hparams, per_leaf_step=self.per_leaf_step)
 
     def update(
-        grads: TensorTree, state: AdamState, params: TensorTree | None = None, *, inplace: bool = False
+        self, grads: TensorTree, state: AdamState, params: TensorTree | None = None, *, inplace: bool = False
     ) -> tuple[TensorTree, AdamState]:
+        weight_decay = self.hparams.weight_decay
+        # A tensor may be traced, or lie on an accelerator: it is not read.
+        has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
         if has_decay and params is None:
             raise ValueError(
                 f"params is None, but weight_decay is {weight_decay}: the update depends on the parameters. "
@@ -148,7 +161,7 @@ def adam(
         old = like if has_decay and not inplace else map_leaves(_detached_copy if has_decay else _zeros, like)
         # Donation empties the step of its state, but the caller may go on with it.
         own = state._replace(step=map_leaves(_copy, state.step)) if inplace else state
-        new, result = adam_update(old, grads, own, hparams, kernel=kernel, donate=inplace)
+        new, result = adam_update(old, grads, own, self.hparams, kernel=self.kernel, donate=inplace)
         if inplace:
             steps, treespec = flatten(state.step)
             for step, counted in zip(steps, flatten_like(treespec, result.step, "step", state.step), strict=True):
@@ -156,10 +169,8 @@ def adam(
         updates = map_leaves(torch.sub, new, map_leaves(Tensor.detach, like) if inplace else like) if has_decay else new
         return in_kind_of(grads, updates), state if inplace else result
 
-    return GradientTransformation(init, update)
 
-
-def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = False) -> TensorTree:
+def apply_updates(params: Params, updates: TensorTree, *, inplace: bool = False) -> Params:
     """`params + updates`, leaf by leaf.
 
     Args:
@@ -185,22 +196,15 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
     check_flag(inplace, "inplace")
     leaves, treespec = flatten(params)
     changes = flatten_like(treespec, updates, "updates", params)
+    label = labels_of(treespec)
+    check_params(leaves, label)
     for index, (leaf, change) in enumerate(zip(leaves, changes, strict=True)):
-        for name, x in (("params", leaf), ("updates", change)):
-            fault = None if change is None else tensor_fault(x)
-            if fault:
-                raise TypeError(f"{path_of(treespec, index, name)} {fault}")
-        if change is not None and (change.shape, change.device) != (leaf.shape, leaf.device):
-            got, expected = (f"of shape {tuple(x.shape)} on {x.device}" for x in (change, leaf))
-            path, param_path = (path_of(treespec, index, name) for name in ("updates", "params"))
-            raise ValueError(f"{path} is {got}, but {param_path} is {expected}. Updates must match params.")
-        if change is not None and change.is_complex() and not leaf.is_complex():
-            path, param_path = (path_of(treespec, index, name) for name in ("updates", "params"))
-            raise TypeError(f"{path} is of {change.dtype}, but {param_path} is of {leaf.dtype}. Take the real part.")
+        if change is not None:
+            check_fit(change, leaf, label, "updates", index, "Updates must match params leaf by leaf.", is_grad=True)
     if inplace:
         found = None if is_tracing() or is_transformed() else find_overlap(leaves, ())
         if found is not None:
-            path, other = (path_of(treespec, index, "params") for index in found)
+            path, other = (label("params", index) for index in found)
             what = "overlaps itself" if path == other else f"shares memory with {other}"
             raise RuntimeError(f"{path} {what}, so that it cannot be written. Clone it, or leave out inplace.")
         with torch.no_grad():
@@ -208,7 +212,8 @@ def apply_updates(params: TensorTree, updates: TensorTree, *, inplace: bool = Fa
                 if change is not None:
                     leaf.add_(change)
         return params
-    return treespec.unflatten([p if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)])
+    new = [p if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
+    return cast("Params", treespec.unflatten(new))
 
 
 # What is no leaf stays as it is, for adam_update to say so.

@@ -26,9 +26,14 @@ class Batch(NamedTuple):
 
     def with_buffers(self, buffers: Sequence[Tensor]) -> "Batch":
         """Other buffers, column after column."""
-        count = len(self.params)
-        columns = (list(buffers[i * count : (i + 1) * count]) for i in range(4))
-        return Batch(*columns, self.grads, self.steps)
+        n = len(self.params)
+        params, exp_avgs, exp_avg_sqs, maxima = (list(buffers[i * n : (i + 1) * n]) for i in range(4))
+        return Batch(params, exp_avgs, exp_avg_sqs, maxima, self.grads, self.steps)
+
+    def with_columns(self, function: Callable[[list[Tensor]], list[Tensor]]) -> "Batch":
+        """`function` of each column but the steps."""
+        params, exp_avgs, exp_avg_sqs, maxima, grads = map(function, self[:5])
+        return Batch(params, exp_avgs, exp_avg_sqs, maxima, grads, self.steps)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """`function` of each buffer."""
@@ -36,9 +41,8 @@ class Batch(NamedTuple):
 
     def take(self, indices: Sequence[int]) -> "Batch":
         """The leaves at `indices` only."""
-        *columns, steps = self
-        taken = ([column[i] for i in indices] if column else [] for column in columns)
-        return Batch(*taken, steps if len(steps) == 1 else [steps[i] for i in indices])
+        taken = self.with_columns(lambda column: [column[i] for i in indices] if column else [])
+        return taken if len(self.steps) == 1 else taken._replace(steps=[self.steps[i] for i in indices])
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """The buffers leaf by leaf; without amsgrad the last one is None."""

@@ -1,9 +1,8 @@
 """What makes a tensor fit to be a leaf of an update, and to stand beside another one; how DTensors are placed."""
 
-from collections.abc import Callable, Iterator, MappingView, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence
 from numbers import Real
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ Label: TypeAlias = Callable[[str, int], str]
 """The name of leaf `index` of the tree `root`, such as `grads['w']`."""
 
 ADVICE = "The state, made by adam_init, must match params leaf by leaf."
-_ADVICE_ON_GRADS = "Gradients must match params leaf by leaf."
-_HOLDERS = (torch.nn.Module, Iterator, MappingView)  # of parameters, but no pytree of them
+_HOLDERS: tuple[type[object], ...] = (torch.nn.Module, Iterator, MappingView)  # of parameters, but no pytree of them
 
 
 def check_params(params: Sequence[object], label: Label) -> None:
@@ -43,63 +41,64 @@ def check_params(params: Sequence[object], label: Label) -> None:
             raise TypeError(f"{label('params', index)} {fault}")
 
 
-def check_masters(params: Sequence[Tensor], masters: Sequence[object], label: Label) -> None:
-    """Raise unless each of `masters` is () or a wider copy of its parameter."""
-    for index, (param, master) in enumerate(zip(params, masters, strict=True)):
-        if type(master) is tuple and not master:
-            continue
-        path, expected = label("state.master_params", index), MASTER_DTYPES.get(param.dtype)
+def check_masters(params: Mapping[int, Tensor], masters: Sequence[Any], label: Label) -> None:
+    """Raise unless the master of each of `params`, which are those that have one, is a wider copy of it."""
+    for index, param in params.items():
+        master, expected = masters[index], MASTER_DTYPES.get(param.dtype)
+        path = label("state.master_params", index)
         if expected is None:
             what = f"{label('params', index)} is of {param.dtype} and needs no copy"
             raise TypeError(f"{path} is given, but {what}. Put () there.")
         if isinstance(master, Tensor) and master.dtype is not expected:
             raise TypeError(f"{path} is of {master.dtype}. Expected {expected}: convert it with .to().")
-        check_fit(master, param, path, partial(label, "params", index), ADVICE)
+        check_fit(master, param, label, "state.master_params", index, ADVICE)
 
 
 @torch.no_grad()
 def check_leaves(batch: Batch, label: Label) -> None:
     """Raise unless moments, and gradients where they are not None, fit the parameters leaf by leaf."""
-    for root, column in zip((*BUFFERS, "grads"), batch[:5], strict=True):
-        is_grad = root == "grads"
+    for root, column in zip(BUFFERS, batch, strict=False):
         for index, (x, param) in enumerate(zip(column, batch.params, strict=False)):
-            if x is not None or not is_grad:  # pyright: ignore[reportUnnecessaryComparison]
-                fault = _fit_fault(x, param, is_grad=is_grad)
-                if fault:
-                    _raise(fault, label(root, index), label("params", index), _ADVICE_ON_GRADS if is_grad else ADVICE)
+            check_fit(x, param, label, root, index, ADVICE)
+    for index, (x, param) in enumerate(zip(batch.grads, batch.params, strict=True)):
+        if x is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            check_fit(x, param, label, "grads", index, "Gradients must match params leaf by leaf.", is_grad=True)
 
 
-def check_fit(x: object, model: Tensor, where: str, like: Callable[[], str], advice: str) -> None:
-    """Raise unless `x`, which is called `where`, fits `model`, which is called `like`."""
-    fault = _fit_fault(x, model, is_grad=False)
-    if fault:
-        _raise(fault, where, like(), advice)
+def check_fit(
+    x: object,
+    model: Tensor,
+    label: Label,
+    root: str,
+    index: int,
+    advice: str,
+    *,
+    is_grad: bool = False,
+    any_device: bool = False,
+) -> None:
+    """Raise unless leaf `index` of `root`, which is `x`, fits that of params, which is `model`.
 
-
-def _fit_fault(x: object, model: Tensor, *, is_grad: bool) -> tuple[type[Exception], str] | None:
-    """Why `x` cannot stand beside `model`: the class of the error and its text, where `{param}` stands for `model`.
-
-    A real gradient may meet a complex parameter.
+    `is_grad`: `x` may be real where `model` is complex, and a DTensor placed in another way.
     """
-    fault = tensor_fault(x)
-    if fault or not isinstance(x, Tensor):
-        return TypeError, f"{fault}"
-    if x.shape != model.shape:
-        return ValueError, f"has shape {tuple(x.shape)}, but {{param}} has shape {tuple(model.shape)}."
-    if x.device != model.device:
-        return ValueError, f"is on {x.device}, but {{param}} is on {model.device}."
-    fault = placement_fault(x, model, is_grad=is_grad)
+    fault, error = tensor_fault(x), TypeError
+    if not fault and isinstance(x, Tensor):
+        error, fault = ValueError, _place_fault(x, model, is_grad=is_grad, any_device=any_device)
+        if not fault and x.is_complex() != model.is_complex() and not (is_grad and model.is_complex()):
+            error, fault = TypeError, f"is of {x.dtype}, but {{param}} is of {model.dtype}."
     if fault:
-        return ValueError, fault
-    if x.is_complex() != model.is_complex() and not (is_grad and model.is_complex()):
-        return TypeError, f"is of {x.dtype}, but {{param}} is of {model.dtype}."
-    return None
+        hint = f" {advice}" if "{param}" in fault else ""
+        raise error(f"{label(root, index)} {fault}{hint}".replace("{param}", label("params", index)))
 
 
-def _raise(fault: tuple[type[Exception], str], where: str, like: str, advice: str) -> NoReturn:
-    error, text = fault
-    hint = f" {advice}" if "{param}" in text else ""
-    raise error(f"{where} {text}{hint}".replace("{param}", like))
+def _place_fault(x: Tensor, model: Tensor, *, is_grad: bool, any_device: bool) -> str | None:
+    """Why `x` has not the shape or place of `model`, which the text calls `{param}`."""
+    if x.shape != model.shape:
+        return f"has shape {tuple(x.shape)}, but {{param}} has shape {tuple(model.shape)}."
+    if any_device:
+        return None
+    if x.device != model.device:
+        return f"is on {x.device}, but {{param}} is on {model.device}."
+    return _placement_fault(x, model, is_grad=is_grad)
 
 
 def tensor_fault(x: object) -> str | None:
@@ -167,7 +166,7 @@ def full_value(x: Any) -> Any:
         return x.full_tensor()
 
 
-def placement_fault(tensor: Any, param: Any, *, is_grad: bool) -> str | None:
+def _placement_fault(tensor: Any, param: Any, *, is_grad: bool) -> str | None:
     """Why a DTensor cannot be updated shard by shard, or None. Gradients may be placed differently."""
     if is_dtensor(tensor) != is_dtensor(param):
         a, b = (f"a DTensor on {x.device_mesh}" if is_dtensor(x) else "no DTensor" for x in (tensor, param))

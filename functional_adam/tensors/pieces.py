@@ -10,9 +10,11 @@ Columns: TypeAlias = list[list[list[Tensor]]]
 """The parts of each leaf, column by column."""
 Piece: TypeAlias = list[tuple[int, int, int]]
 """Slices (leaf, start, stop) of flattened leaves."""
+Rows: TypeAlias = list[list[Any]]
+"""Columns of leaves that are flattened; None where there is none."""
 
 
-def flattened(columns: Iterable[list[Any]]) -> list[list[Any]]:
+def flattened(columns: Iterable[list[Any]]) -> Rows:
     """Each leaf as one row."""
     return [[x if x is None else x.reshape(x.numel()) for x in column] for column in columns]
 
@@ -35,7 +37,7 @@ def cut_into_pieces(leaves: Sequence[Tensor], size: int, *, is_joined: bool = Tr
     return joined + cut
 
 
-def join(piece: Piece, columns: list[list[Any]]) -> tuple[Any, Any, Any, Any, Any]:
+def join(piece: Piece, columns: Rows) -> tuple[Any, ...]:
     """The piece of each column as one tensor, in float32 or wider; None where there is none."""
 
     def joined(column: list[Any]) -> Any:

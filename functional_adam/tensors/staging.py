@@ -127,7 +127,8 @@ class Run(NamedTuple):
                 elif new is not old:
                     new.copy_(old)
                 columns[-1].append(as_real(ready))
-        return Batch(*columns, batch.steps)
+        params, exp_avgs, exp_avg_sqs, maxima, grads = columns
+        return Batch(params, exp_avgs, exp_avg_sqs, maxima, grads, batch.steps)
 
 
 def copied(batch: Batch, *, are_small: bool = False) -> Batch:
@@ -155,5 +156,4 @@ def finish_together(runs: Iterable[Iterator[None]]) -> None:
 
 
 def _sliced(batch: Batch, start: int, stop: int) -> Batch:
-    columns = ([x.view(-1)[start:stop] for x in column] for column in batch[:-1])
-    return Batch(*columns, batch.steps)
+    return batch.with_columns(lambda column: [x.view(-1)[start:stop] for x in column])

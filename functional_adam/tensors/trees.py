@@ -15,13 +15,15 @@ from optree import PyTreeSpec
 from torch import Tensor
 
 Scalar: TypeAlias = float | Tensor
-TensorTree: TypeAlias = Any
-"""A pytree of tensors. optree sets no bound on what a node is, so neither does the type."""
+Tree: TypeAlias = Any
+"""A pytree, a node or a leaf: optree sets no bound on what these are, so neither does the type."""
+TensorTree: TypeAlias = Tree
+"""A pytree of tensors."""
 
 NAMESPACE = "functional_adam"
 
-_torch_nodes: dict[Any, Any] = getattr(torch_pytree, "SUPPORTED_NODES", {})
-_learned: set[Any] = set()
+_torch_nodes: dict[Tree, Tree] = getattr(torch_pytree, "SUPPORTED_NODES", {})
+_learned: set[Tree] = set()
 _DICTS = (dict, OrderedDict, defaultdict)
 
 
@@ -33,24 +35,24 @@ class TorchEntry(optree.PyTreeEntry):
         return f"{node}{self.entry}"
 
 
-def flatten(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:
+def flatten(tree: Tree, is_end: Callable[[Tree], bool] | None = None) -> tuple[list[Tree], PyTreeSpec]:
     """The leaves of `tree`, and its structure. What `is_end` holds for counts as a leaf too."""
     leaves, treespec = flatten_known(tree, is_end)
     others = leaves if is_end is None else [leaf for leaf in leaves if not is_end(leaf)]
     return flatten(tree, is_end) if learn(others) else (leaves, treespec)
 
 
-def flatten_known(tree: Any, is_end: Callable[[Any], bool] | None = None) -> tuple[list[Any], PyTreeSpec]:
+def flatten_known(tree: Tree, is_end: Callable[[Tree], bool] | None = None) -> tuple[list[Tree], PyTreeSpec]:
     """As `flatten`, but a node that optree does not know yet counts as a leaf."""
     return optree.tree_flatten(tree, is_end, namespace=NAMESPACE)
 
 
-def learn(leaves: Iterable[Any]) -> bool:
+def learn(leaves: Iterable[Tree]) -> bool:
     """Whether some of `leaves` are nodes, which optree knows from now on: what was flattened must be flattened anew."""
     return not torch.compiler.is_dynamo_compiling() and _learn({*map(type, leaves)})
 
 
-def _learn(kinds: set[Any]) -> bool:
+def _learn(kinds: set[Tree]) -> bool:
     nodes = {kind for kind in kinds & _torch_nodes.keys() if not issubclass(kind, Tensor)}
     # Without a lock, which would stay held where a signal handler or a finalizer updates in the middle.
     for node in nodes - _learned:
@@ -64,15 +66,15 @@ def _learn(kinds: set[Any]) -> bool:
     return bool(nodes)
 
 
-def _register(node: Any) -> None:
+def _register(node: Tree) -> None:
     its = _torch_nodes[node]
 
-    def flatten_with_keys(tree: Any) -> tuple[list[Any], Any, list[Any]]:
+    def flatten_with_keys(tree: Tree) -> tuple[list[Tree], Tree, list[Tree]]:
         children, context = its.flatten_fn(tree)  # the context that comes with the keys may be another one
         return children, context, [key for key, _ in its.flatten_with_keys_fn(tree)[0]]
 
     has_keys = its.flatten_with_keys_fn is not None
-    register: Any = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
+    register: Tree = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
     register(
         node,
         flatten_with_keys if has_keys else its.flatten_fn,
@@ -82,34 +84,34 @@ def _register(node: Any) -> None:
     )
 
 
-def leaves_of(tree: Any, is_end: Callable[[Any], bool] | None = None) -> list[Any]:
+def leaves_of(tree: Tree, is_end: Callable[[Tree], bool] | None = None) -> list[Tree]:
     """The leaves of `tree`, whose nodes optree knows."""
     return optree.tree_leaves(tree, is_end, namespace=NAMESPACE)
 
 
-def is_leaf(tree: Any) -> bool:
+def is_leaf(tree: Tree) -> bool:
     """Whether `tree` is neither None nor a node."""
     return optree.tree_is_leaf(tree, namespace=NAMESPACE)
 
 
-def map_leaves(function: Any, tree: Any, *like: Any) -> Any:
+def map_leaves(function: Tree, tree: Tree, *like: Tree) -> Tree:
     """`function` of each leaf of `tree`, and of what stands in its place in the others."""
     return optree.tree_map(function, tree, *like, namespace=NAMESPACE)
 
 
-def unflatten(treespec: PyTreeSpec, values: Iterable[Any], params: Any) -> Any:
+def unflatten(treespec: PyTreeSpec, values: Iterable[Tree], params: Tree) -> Tree:
     """A tree of `values` like `params`, whose nodes need not be able to hold them: a dict stands for a TensorDict."""
     if not treespec.namespace:  # then none of its nodes was learned
         return treespec.unflatten(values)
     return _fill(params, iter(values))
 
 
-def _fill(params: Any, values: Iterator[Any]) -> Any:
+def _fill(params: Tree, values: Iterator[Tree]) -> Tree:
     nodes, treespec = optree.tree_flatten(params, lambda x: type(x) in _learned, namespace=NAMESPACE)
     return treespec.unflatten([_fill_node(x, values) if type(x) in _learned else next(values) for x in nodes])
 
 
-def _fill_node(node: Any, values: Iterator[Any]) -> Any:
+def _fill_node(node: Tree, values: Iterator[Tree]) -> Tree:
     level = _one_level(node)
     children = [_fill(child, values) for child in level.children]
     plain = _plain_type_of(node)
@@ -135,29 +137,29 @@ def labels_of(treespec: PyTreeSpec) -> Callable[[str, int], str]:
     return label
 
 
-def keys_of(path: optree.PyTreeAccessor) -> list[Any]:
+def keys_of(path: optree.PyTreeAccessor) -> list[Tree]:
     """The keys, places and names of attributes on `path`."""
     return [_key(getattr(entry, "field", entry.entry)) for entry in path]
 
 
-def insertion_order(treespec: PyTreeSpec, params: Any) -> list[int]:
+def insertion_order(treespec: PyTreeSpec, params: Tree) -> list[int]:
     """The indices of leaves as `model.parameters()` has them: by insertion of keys, where optree sorts them."""
 
-    def walk(tree: Any) -> list[int]:
+    def walk(tree: Tree) -> list[int]:
         if isinstance(tree, int):
             return [tree]
-        nodes: Any = cast("Any", tree).values() if isinstance(tree, dict) else _one_level(tree).children
+        nodes: Tree = cast("Tree", tree).values() if isinstance(tree, dict) else _one_level(tree).children
         return [index for child in nodes for index in walk(child)]
 
     return walk(unflatten(treespec, range(treespec.num_leaves), params))
 
 
-def in_kind_of(model: Any, tree: Any) -> Any:
+def in_kind_of(model: Tree, tree: Tree) -> Tree:
     """`tree`, as a list where `model` is one and it is a tuple, or the reverse."""
     return type(model)(tree) if {type(model), type(tree)} == {list, tuple} else tree
 
 
-def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> list[Any]:
+def flatten_like(treespec: PyTreeSpec, tree: Tree, name: str, params: Tree) -> list[Tree]:
     """What stands in `tree` where `params`, whose structure is `treespec`, has its leaves."""
     try:
         return treespec.flatten_up_to(tree)
@@ -166,12 +168,12 @@ def flatten_like(treespec: PyTreeSpec, tree: Any, name: str, params: Any) -> lis
         return _align(params, in_kind_of(params, tree), name, (), is_prefix=False)
 
 
-def broadcast_prefix(prefix: Any, name: str, params: Any) -> list[Any]:
+def broadcast_prefix(prefix: Tree, name: str, params: Tree) -> list[Tree]:
     """For each leaf of `params` the leaf of `prefix` that stands at or above it."""
     return _align(params, in_kind_of(params, prefix), name, (), is_prefix=True)
 
 
-def _align(params: Any, tree: Any, name: str, at: tuple[tuple[Any, Any], ...], *, is_prefix: bool) -> list[Any]:
+def _align(params: Tree, tree: Tree, name: str, at: tuple[tuple[Tree, Tree], ...], *, is_prefix: bool) -> list[Tree]:
     """What `tree` has for each leaf of `params`; raise ValueError where the two first differ.
 
     Dicts are met by key: optree goes through some kinds in the order of insertion, and through others by sorted keys.
@@ -186,7 +188,7 @@ def _align(params: Any, tree: Any, name: str, at: tuple[tuple[Any, Any], ...], *
     if is_single or is_end or _plain_type_of(params) is not _plain_type_of(tree):
         raise _mismatch(name, at, f"is {_kind(tree)}", f"is {_kind(params)}", is_prefix=is_prefix) from None
     expected = _one_level(params)
-    children: Sequence[Any]
+    children: Sequence[Tree]
     if _plain_type_of(params) is dict:
         by_key, keys = _by_key(tree), [*map(_key, expected.entries)]
         if by_key.keys() != {*keys}:
@@ -207,7 +209,7 @@ def _align(params: Any, tree: Any, name: str, at: tuple[tuple[Any, Any], ...], *
     ]
 
 
-def _mismatch(name: str, at: tuple[tuple[Any, Any], ...], got: str, expected: str, *, is_prefix: bool) -> ValueError:
+def _mismatch(name: str, at: tuple[tuple[Tree, Tree], ...], got: str, expected: str, *, is_prefix: bool) -> ValueError:
     path = optree.PyTreeAccessor([node.path_entry_type(key, node.type, node.kind) for node, key in at])
     advice = "be a number or a pytree prefix" if is_prefix else "have the structure"
     return ValueError(
@@ -215,18 +217,18 @@ def _mismatch(name: str, at: tuple[tuple[Any, Any], ...], got: str, expected: st
     )
 
 
-def _strangers(got: dict[Any, Any], expected: list[Any]) -> str:
+def _strangers(got: dict[Tree, Tree], expected: list[Tree]) -> str:
     """Which keys are too few and too many."""
     missing, known = [x for x in expected if x not in got], {*expected}
     extra = [x for x in got if x not in known]
     return " and ".join([f"lacks {_few(missing)}"] * bool(missing) + [f"has the extra {_few(extra)}"] * bool(extra))
 
 
-def _few(keys: list[Any]) -> str:
+def _few(keys: list[Tree]) -> str:
     return f"{keys[:4]}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def _plain_type_of(tree: Any) -> Any:
+def _plain_type_of(tree: Tree) -> Tree:
     """The built-in dict or list, if it can stand for the node `tree`, else the type of that."""
     own = cast("Any", type(tree))
     if own in _learned:
@@ -237,7 +239,7 @@ def _plain_type_of(tree: Any) -> Any:
     return dict if isinstance(tree, dict) else own
 
 
-def _by_key(tree: Any) -> dict[Any, Any]:
+def _by_key(tree: Tree) -> dict[Tree, Tree]:
     # Dynamo flattens no dict of constants (torch 2.13).
     if type(tree) in _DICTS:
         return tree
@@ -245,15 +247,15 @@ def _by_key(tree: Any) -> dict[Any, Any]:
     return dict(zip(map(_key, level.entries), level.children, strict=True))
 
 
-def _key(entry: Any) -> Any:
+def _key(entry: Tree) -> Tree:
     """A key, place or name without the class that torch gives it."""
     names = {torch_pytree.MappingKey: "key", torch_pytree.SequenceKey: "idx", torch_pytree.GetAttrKey: "name"}
     return getattr(entry, names[type(entry)]) if type(entry) in names else entry
 
 
-def _one_level(tree: Any) -> Any:
+def _one_level(tree: Tree) -> Tree:
     return optree.tree_flatten_one_level(tree, namespace=NAMESPACE)
 
 
-def _kind(tree: Any) -> str:
+def _kind(tree: Tree) -> str:
     return "None" if tree is None else f"of type {tree.__class__.__qualname__}"
