@@ -1,5 +1,6 @@
 """Numbers per subtree or leaf: as the param groups of `torch.optim`, one kernel call a set, under every transform."""
 
+import dataclasses
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -45,9 +46,6 @@ CASES: dict[str, dict[str, Any]] = {  # prefixes of `make_tree`
         "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": [Block(0.3, 0.4), Block(0.5, 0.6)], "norm": 0.7},
         "beta1": 0.5,
     },
-    "beta1": {"beta1": {"head": 0.0, "layers": [0.5, Block(0.9, 0.99)], "norm": 0.9}},
-    "beta2": {"beta2": {"head": {"b": 0.0, "w": 0.5}, "layers": 0.9, "norm": 0.999}},
-    "eps": {"eps": {"head": 1e-3, "layers": [Block(1e-8, 1.0), 1e-2], "norm": 10.0}},
     "mask": {"weight_decay": {"head": {"b": 0, "w": 1}, "layers": [Block(0.1, 0.0)] * 2, "norm": 0.0}},
     "all": {
         "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": 0.3, "norm": 0.4},
@@ -85,9 +83,8 @@ def make_hparams(numbers: dict[str, Any], **flags: bool) -> AdamHparams:
 
 def rows_of(numbers: dict[str, Any], params: Any) -> list[tuple[Any, ...]]:
     """lr, beta1, beta2, eps and weight_decay of each leaf."""
-    return [
-        *zip(*(optree.broadcast_prefix(numbers.get(name, DEFAULTS[name]), params) for name in NUMBERS), strict=True)
-    ]
+    columns = (optree.broadcast_prefix(numbers.get(name, DEFAULTS[name]), params) for name in NUMBERS)
+    return [*zip(*columns, strict=True)]
 
 
 def torch_groups(
@@ -167,15 +164,17 @@ def test_leaves_without_gradient_stand_still_as_in_torch(kernel: str, case: str,
 
 
 @each_kernel
-def test_a_skipped_or_scaled_update_with_prefixes_is_that_of_each_part(kernel: str) -> None:
-    params, grads = make_tree(), make_tree(seed=1)
-    hparams = make_hparams(CASES["tensors"])
-    state = adam_init(params, hparams)
-    skipped = adam_update(params, grads, state, hparams, kernel=kernel, found_inf=torch.tensor(True))
-    assert_equal(skipped, (params, state))
+def test_a_skipped_or_scaled_update_with_prefixes_is_that_of_each_part_and_changes_no_input(kernel: str) -> None:
+    params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES["tensors"])
+    call = (params, grads, adam_init(params, hparams), hparams)
     scaled = optree.tree_map(lambda g: g * 8, grads)
-    got = adam_update(params, scaled, state, hparams, kernel=kernel, grad_scale=torch.tensor(8.0))
-    assert_equal(got, adam_update(params, grads, state, hparams, kernel=kernel))
+    tensors = [x for x in optree.tree_leaves((*call, scaled)) if isinstance(x, Tensor)]
+    before = snapshot(tensors)
+    skipped = adam_update(*call, kernel=kernel, found_inf=torch.tensor(True))
+    assert_equal(skipped, (params, call[2]))
+    got = adam_update(params, scaled, *call[2:], kernel=kernel, grad_scale=torch.tensor(8.0))
+    assert_equal(got, adam_update(*call, kernel=kernel))
+    assert_unchanged(tensors, before)
 
 
 def test_a_prefix_of_one_leaf_is_the_number() -> None:
@@ -184,15 +183,6 @@ def test_a_prefix_of_one_leaf_is_the_number() -> None:
     tree = AdamHparams(lr=optree.tree_map(lambda _: 0.1, params))
     assert_equal(run(params, [grads], tree), run(params, [grads], number))
     assert_equal(run([], [[]], AdamHparams(lr=[])), run([], [[]], number))
-
-
-def test_inputs_stay_as_they_are() -> None:
-    params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES["tensors"])
-    call = (params, grads, adam_init(params, hparams), hparams)
-    tensors = [x for x in optree.tree_leaves(call) if isinstance(x, Tensor)]
-    before = snapshot(tensors)
-    adam_update(*call)
-    assert_unchanged(tensors, before)
 
 
 # One call a set.
@@ -238,37 +228,31 @@ def test_the_kernel_is_called_once_per_distinct_set_under_a_transform() -> None:
     assert fused_calls(mapped, *stacked) == CALLS["mask"][1]
 
 
-def opcodes_of(run_it: Callable[[], Any]) -> int:
-    """How many instructions Python takes."""
-    count = 0
-
-    def trace(frame: Any, event: str, _: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        run_it()
-    finally:
-        sys.settrace(before)
-    return count
-
-
 @pytest.mark.parametrize("function", [adam_update, explain])
 @pytest.mark.parametrize("kind", ["own", "shared", "number"])
 def test_work_is_in_proportion_to_the_leaves(function: Callable[..., Any], kind: str) -> None:
-    def work(size: int) -> int:
+    def count_instructions(size: int) -> int:
         params = {str(i): torch.ones(2) for i in range(size)}
         one = torch.tensor(0.1)
-        lr = {key: {"own": torch.tensor(0.1), "shared": one, "number": 0.1}[kind] for key in params}
-        hparams = AdamHparams(lr=lr)
+        hparams = AdamHparams(lr={k: {"own": torch.tensor(0.1), "shared": one, "number": 0.1}[kind] for k in params})
         state = adam_init(params, hparams)
-        return opcodes_of(lambda: function(params, params, state, hparams))
+        count = 0
 
-    works = [work(size) for size in (20, 20, 40, 80)]  # what is only done once is done in the first
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            count += event == "opcode"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            function(params, params, state, hparams)
+        finally:
+            sys.settrace(before)
+        return count
+
+    works = [count_instructions(size) for size in (20, 20, 40, 80)]  # what is only done once is done in the first
     assert works[3] - works[2] < 2.05 * (works[2] - works[1])
 
 
@@ -339,18 +323,12 @@ def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
     leaves = optree.tree_map(lambda x: x.clone().requires_grad_(), hparams)
     by_kernel(leaves).backward()
     assert_close(optree.tree_map(lambda x: x.grad, leaves), expected)
-
-
-def test_second_derivatives_by_a_tree_agree_with_the_equations() -> None:
-    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
-    lr, decay = tensor_hparams().lr, {"head": 0.1, "layers": 0.2, "norm": 0.3}
-
-    def by_lr(f: Callable[..., Tensor]) -> Callable[[Any], Tensor]:
-        return lambda lr: f(params, gradients, AdamHparams(lr=lr, eps=0.1, weight_decay=decay))
-
-    got = hessian(by_lr(ours))(lr)
-    assert_close(got, hessian(by_lr(reference))(lr))
-    assert got["norm"]["norm"].abs() > 0
+    second, expected_second = (
+        hessian(lambda lr, by=by: by(dataclasses.replace(hparams, lr=lr)))(hparams.lr)
+        for by in (by_kernel, by_equations)
+    )
+    assert_close(second, expected_second)
+    assert second["head"]["w"]["head"]["w"].abs() > 0
 
 
 @each_kernel
@@ -440,9 +418,7 @@ def test_a_prefix_that_does_not_fit_names_the_number_and_changes_nothing(name: s
     state = adam_init(params, AdamHparams())
     before = snapshot((params, state))
     hparams = make_hparams({name: {"head": 0.1, "layers": 0.1}})
-    match = (
-        rf"^hparams\.{PLACES[name]} lacks \['norm'\], but params has .*must be a number or a pytree prefix of params"
-    )
+    match = rf"^hparams\.{PLACES[name]} lacks \['norm'\], but params has .* a number or a pytree prefix of params"
     with pytest.raises(ValueError, match=match):
         adam_update(params, make_tree(seed=1), state, hparams, donate=True)
     assert_unchanged((params, state), before)
@@ -471,13 +447,12 @@ def mappings(items: dict[Any, Any]) -> st.SearchStrategy[Any]:
     return st.builds(lambda make, found, keys: make([(key, found[key]) for key in keys]), kinds, values, orders)
 
 
-KEYS = {"strings": ("weight", "bias", "10", "9"), "unsortable": ("weight", 3, ("a", 1), 1)}
-
-
 @PROPERTY
 @given(st.data())
 def test_numbers_gradients_and_states_reach_their_leaves_by_key_in_every_kind_of_dict(data: st.DataObject) -> None:
-    first, second, third, fourth = data.draw(st.sampled_from([*KEYS.values()]))
+    first, second, third, fourth = data.draw(
+        st.sampled_from([("weight", "bias", "10", "9"), ("weight", 3, ("a", 1), 1)])
+    )
 
     def tree(leaf: Callable[[int], Any], part: Callable[[int], Any]) -> Any:
         return data.draw(mappings({first: leaf(0), second: {third: leaf(1), fourth: leaf(2)}, third: part(3)}))
@@ -578,10 +553,6 @@ def prefixes(draw: st.DrawFn, tree: Any, numbers: st.SearchStrategy[Any]) -> Any
     return node.unflatten_func(node.metadata, [draw(prefixes(child, numbers)) for child in node.children])
 
 
-def is_given(number: Any) -> bool:
-    return number is not None
-
-
 def some(*values: float) -> st.SearchStrategy[Any]:
     return st.sampled_from([*values, *(torch.tensor(x) for x in values), torch.tensor(values[0], dtype=torch.float64)])
 
@@ -594,7 +565,10 @@ def test_any_prefix_of_any_tree_equals_a_loop_over_leaves(data: st.DataObject) -
     params = data.draw(trees(st.builds(random_tensor, shapes, dtypes, seeds)))
     values = {"lr": (0.1, 0.01, 0), "beta1": (0.9, 0.0), "beta2": (0.999, 0.5), "eps": (1e-8, 0.1)}
     values["weight_decay"] = (0.0, 0.1)
-    numbers = {name: data.draw(prefixes(params, some(*x)).filter(is_given)) for name, x in values.items()}
+    numbers = {
+        name: data.draw(prefixes(params, some(*x)).filter(lambda found: found is not None))
+        for name, x in values.items()
+    }
     flags = data.draw(st.sampled_from([*FLAGS.values()]))
     kernel = data.draw(st.sampled_from(KERNELS))
     hparams = make_hparams(numbers, **flags)
