@@ -7,7 +7,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,6 +68,15 @@ def update(optimizer: Any, params: Sequence[Tensor], grads: Sequence[Tensor | No
         optimizer.step()
 
 
+def train(make: Callable[..., Any], gradients: Sequence[Any], way: str = "step", **options: Any) -> Any:
+    """An optimizer of new parameters that has taken all steps, and these parameters."""
+    params = make_params(gradients[0][-1].dtype)
+    optimizer = make(params, **options)
+    for grads in gradients:
+        update(optimizer, params, grads, way)
+    return optimizer, params
+
+
 def torchs_class(adapter: type) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch scripts its classes
@@ -100,33 +109,24 @@ def assert_same_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 @each_twin
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: Any, kernel: str, options: Any) -> None:
-    gradients = [[g if (s + i) % 3 else None for i, g in enumerate(make_grads(s))] for s in range(4)]
+    gradients = [[g if (s + i) % 3 else None for i, g in enumerate(make_grads(s))] for s in (1, 2, 3, 4)]
     expected = torch_adam(make_params(), gradients, options, kernel, optimizer_class=optimizer_class)
     for way in ("step", "step_param", "grad"):
-        params = make_params()
-        optimizer = adapter(params, **options, **FLAGS[kernel])
-        for grads in gradients:
-            update(optimizer, params, grads, way)
+        optimizer, params = train(adapter, gradients, way, **options, **FLAGS[kernel])
         assert_same_state(optimizer, params, expected)
 
 
 @each_kernel
 @each_adapter
 def test_trajectory_is_that_of_torchs_functional_class(adapter: Any, kernel: str) -> None:
-    ours, theirs = make_params(), [p.detach() for p in make_params()]
+    signatures = inspect.signature(adapter), inspect.signature(torchs_class(adapter).__init__)
+    ours, theirs = ([(p.name, p.default) for p in x.parameters.values() if p.name != "self"] for x in signatures)
+    assert ours == theirs
     arguments = (0.1, (0.8, 0.95), 1e-6, 0.1, True, True, kernel == "foreach", kernel == "fused")
-    optimizer, reference = adapter(ours, *arguments), make_torchs(adapter, theirs, *arguments)
-    for step in range(4):
-        optimizer.step(make_grads(step))
-        reference.step(make_grads(step))
-    assert_same_params(ours, theirs)
-
-
-@each_adapter
-def test_constructor_is_that_of_torchs_functional_class(adapter: Any) -> None:
-    theirs = inspect.signature(torchs_class(adapter).__init__)
-    expected = [(p.name, p.default) for p in theirs.parameters.values() if p.name != "self"]
-    assert [(p.name, p.default) for p in inspect.signature(adapter).parameters.values()] == expected
+    gradients = [make_grads(step) for step in range(4)]
+    _, params = train(lambda given: adapter(given, *arguments), gradients)
+    _, expected = train(lambda given: make_torchs(adapter, [p.detach() for p in given], *arguments), gradients)
+    assert_same_params(params, expected)
 
 
 @each_kernel
@@ -136,10 +136,7 @@ def test_other_dtypes_are_those_of_torch_optim(kernel: str, dtype: torch.dtype) 
     reference_kernel = "single" if dtype.is_complex and kernel == "fused" else kernel
     gradients = [make_grads(step, dtype) for step in range(3)]
     expected = torch_adam(make_params(dtype), gradients, {"lr": 0.1}, reference_kernel)
-    params = make_params(dtype)
-    optimizer = _FunctionalAdam(params, lr=0.1, **FLAGS[kernel])
-    for grads in gradients:
-        optimizer.step(grads)
+    _, params = train(_FunctionalAdam, gradients, lr=0.1, **FLAGS[kernel])
     (assert_close if dtype.is_complex else assert_equal)([p.detach() for p in params], expected.params)
 
 
@@ -165,9 +162,7 @@ def test_step_counts_past_256_in_a_bfloat16_world() -> None:
 
 
 def test_parameters_and_state_keep_their_objects_and_memory() -> None:
-    params = make_params()
-    optimizer = _FunctionalAdam(params, amsgrad=True)
-    optimizer.step(make_grads(0))
+    optimizer, params = train(_FunctionalAdam, [make_grads(0)], amsgrad=True)
     tensors = tensors_in(optimizer, params)
     pointers = [x.data_ptr() for x in tensors]
     state = optimizer.state_dict()["state"]
@@ -233,13 +228,12 @@ def test_none_makes_no_state_and_changes_nothing(adapter: Any) -> None:
 
 @each_kernel
 def test_parameters_that_the_constructor_never_saw_are_updated(kernel: str) -> None:
-    optimizer = _FunctionalAdam([], lr=0.1, amsgrad=True, _allow_empty_param_list=True, **FLAGS[kernel])
-    gradients = [make_grads(step) for step in range(3)]
-    expected = torch_adam(make_params(), gradients, {"lr": 0.1, "amsgrad": True}, kernel)
-    params = make_params()
-    for grads in gradients:
-        update(optimizer, params, grads, "step_param")
-    assert_same_state(optimizer, params, expected)
+    def make(_: Any, **options: Any) -> _FunctionalAdam:
+        return _FunctionalAdam([], _allow_empty_param_list=True, **options)
+
+    gradients, options = [make_grads(step) for step in range(3)], {"lr": 0.1, "amsgrad": True}
+    optimizer, params = train(make, gradients, "step_param", **options, **FLAGS[kernel])
+    assert_same_state(optimizer, params, torch_adam(make_params(), gradients, options, kernel))
     with pytest.raises(RuntimeError, match="state for 5 parameters that are in no group"):
         optimizer.state_dict()
     optimizer.add_param_group({"params": params})
@@ -292,13 +286,11 @@ def test_a_failed_step_changes_nothing(kernel: str, is_first: bool, groups: int)
 @pytest.mark.parametrize(
     ("gradients", "error", "match"),
     [
-        *(
-            ([torch.ones(1)] * n, ValueError, f"^gradients has length {n}, but the optimizer has 5 parameters")
-            for n in (0, 4, 6)
-        ),
+        ([], ValueError, r"^gradients has length 0, but the optimizer has 5 parameters"),
+        ([torch.ones(1)] * 6, ValueError, r"^gradients has length 6, but the optimizer has 5 parameters"),
         (torch.ones(5), TypeError, r"gradients is of type Tensor\. Expected a list"),
         (1.0, TypeError, r"gradients is of type float\. Expected a list"),
-        # With a closure beside it, a function is no closure.
+        # Beside a closure, a function is no closure.
         (lambda: 0.0, TypeError, r"gradients is of type function\. Expected a list"),
     ],
 )
@@ -406,20 +398,16 @@ def test_a_sparse_number_is_refused() -> None:
 
 @each_twin
 def test_groups_have_their_own_hyperparameters(adapter: Any, optimizer_class: Any) -> None:
-    trajectories = []
-    for make, way in ((optimizer_class, "grad"), (adapter, "step"), (adapter, "step_param")):
-        params = make_params()
-        optimizer = make(
-            [
-                {"params": params[:2], "lr": 0.1, "weight_decay": 0.1},
-                {"params": params[2:], "betas": (0.5, 0.6), "amsgrad": True, "maximize": True},
-            ]
-        )
-        for step in range(3):
-            update(optimizer, params, make_grads(step), way)
-        trajectories.append(params)
-    for ours in trajectories[1:]:
-        assert_same_params(ours, trajectories[0])
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [
+            {"params": params[:2], "lr": 0.1, "weight_decay": 0.1},
+            {"params": params[2:], "betas": (0.5, 0.6), "amsgrad": True, "maximize": True},
+        ]
+
+    gradients = [make_grads(step) for step in range(3)]
+    _, expected = train(lambda params: optimizer_class(groups(params)), gradients, "grad")
+    for way in ("step", "step_param"):
+        assert_same_params(train(lambda params: adapter(groups(params)), gradients, way)[1], expected)
 
 
 SCHEDULERS: dict[str, Any] = {
@@ -459,8 +447,7 @@ def test_schedulers_take_effect(scheduler: str, way: str) -> None:
 def test_what_is_set_in_defaults_takes_effect(
     written: dict[str, float], name: str, expected: Any, copied: bool
 ) -> None:
-    other = make_params()
-    optimizer, reference = _FunctionalAdam(make_params()), _FunctionalAdam(other, **{name: expected})
+    optimizer = _FunctionalAdam(make_params())
     if copied:
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer = copy.deepcopy(optimizer)
@@ -468,8 +455,8 @@ def test_what_is_set_in_defaults_takes_effect(
     assert optimizer.param_group[name] == expected
     assert (optimizer.defaults["beta1"], optimizer.defaults["beta2"]) == optimizer.defaults["betas"]
     optimizer.step(make_grads(0))
-    reference.step(make_grads(0))
-    assert_same_params(optimizer.param_group["params"], other)
+    _, params = train(_FunctionalAdam, [make_grads(0)], **{name: expected})
+    assert_same_params(optimizer.param_group["params"], params)
     with pytest.raises(KeyError, match="beta3"):
         optimizer.defaults["beta3"]
 
@@ -486,11 +473,9 @@ def test_flags_are_attributes_as_in_torchs_class(name: str, copied: bool) -> Non
     flags = {flag: getattr(optimizer, flag) for flag in ("amsgrad", "maximize", "foreach", "fused")}
     assert flags == {**dict.fromkeys(flags, False), name: True}
     assert [group[name] for group in optimizer.param_groups] == [True, True]
-    expected = make_params()
-    reference = _FunctionalAdam(expected, **{name: True})
+    reference, expected = train(_FunctionalAdam, [make_grads(0)], **{name: True})
     assert getattr(reference, name) is True
     optimizer.step(make_grads(0))
-    reference.step(make_grads(0))
     assert_same_params([p for group in optimizer.param_groups for p in group["params"]], expected)
 
 
@@ -554,9 +539,7 @@ def test_adamw_stays_decoupled_after_loading_from_adam() -> None:
 
 @pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)], ids=str)
 def test_steps_of_older_state_dicts_are_read(step: Any) -> None:
-    params = make_params()
-    optimizer = _FunctionalAdam(params)
-    optimizer.step(make_grads(0))
+    optimizer, params = train(_FunctionalAdam, [make_grads(0)])
     state_dict = copy.deepcopy(optimizer.state_dict())
     for row in state_dict["state"].values():
         row["step"] = step
