@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.builders import KERNELS_AND_AUTO, make_call, tensors_of, transposed
 from tests.oracles import KERNELS, numpy_adam, torch_adam
 from tests.strategies import PRECISE_DTYPES, random_tensor
-from tests.test_cuda_path import CopyByOp, Recorder
+from tests.test_cuda_path import Recorder
 from tests.tolerances import assert_close, assert_equal
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -240,12 +239,3 @@ def test_foreach_with_a_step_size_that_is_not_read_is_finite_above_the_largest_f
     new, _ = adam_update(param, param, adam_init(param, hparams), hparams, kernel="foreach")
     one, zero = torch.ones(3), torch.zeros(3)
     assert_close(new, numpy_adam(one, one, zero, zero, lr=1e4, eps=1e4).param)
-
-
-def test_the_fused_kernel_is_given_a_number_as_scale_in_float32_where_the_leaves_are() -> None:
-    with FakeTensorMode(), CopyByOp(), Recorder() as recorder:
-        param = torch.ones(2, device="cuda")
-        adam_update(param, param, adam_init(param, AdamHparams()), AdamHparams(), kernel="fused", grad_scale=2.0)
-    [(_, _, kwargs, _)] = recorder.named("_fused_adam_")
-    scale = kwargs["grad_scale"]
-    assert (scale.device.type, scale.dtype, scale.shape) == ("cuda", torch.float32, ())
