@@ -63,7 +63,7 @@ def assert_close(got: Any, expected: Any, *, rtol: float = 1e-9, atol: float = 1
 THROUGH_FLOAT32 = {"rtol": 1e-6, "atol": 1e-7}
 
 
-# First, second and third derivatives with respect to one input, as of the textbook. Those with respect to all: test_rules.
+# Derivatives with respect to one input, as of the textbook; with respect to all inputs: test_rules.
 
 
 def of_one(name: str, flags: dict[str, bool], shape: tuple[int, ...]) -> tuple[list[Callable[[Any], Any]], Tensor]:
@@ -646,6 +646,8 @@ import functools, os, sys, traceback
 import torch
 from torch.func import grad, jacfwd, vmap
 import torch._functorch.autograd_function, torch._functorch.eager_transforms, torch._functorch.vmap
+
+jacfwd(jacfwd(torch.exp))(torch.ones(()))  # imports for a second what processes then share
 
 def check(path):
     *owners, name = path.split(".")
