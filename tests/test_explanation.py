@@ -1,7 +1,10 @@
 """What `explain` says of an update is what the update does."""
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,55 +12,52 @@ from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import functional_adam.dispatch
-import functional_adam.explanation
-import functional_adam.kernels
-from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
-from functional_adam.explanation import NewMemory
+from functional_adam import AdamHparams, adam_init, adam_update, explain
+from tests.builders import KERNELS_AND_AUTO, assert_unchanged, snapshot, tensors_of
 from tests.oracles import KERNELS
+from tests.strategies import in_layout, random_tensor
 
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
 donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
-every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
+
+# Which kernel runs and what is copied for it cannot be seen from outside: the module that does it is watched.
+PLANNING = "functional_adam.planning"
+# Under torch.compile `explain` is not traced, so that it cannot be asked there.
+IS_COMPILED = "functional_adam.dispatch.is_compiled_here"
+
+
+class Done(NamedTuple):
+    """What an update has done."""
+
+    runs: list[tuple[str, int]]  # the kernel of each call, and how many leaves it got
+    copied: list[int]  # the bytes of each temporary copy that is made for a kernel
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The kernel of each call, and how many leaves it got."""
-    found: list[tuple[str, int]] = []
+def done(monkeypatch: pytest.MonkeyPatch) -> Done:
+    found = Done([], [])
 
-    def spy(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def spied(batch: Any, *args: Any) -> Any:
-            found.append((name, len(batch.grads)))
-            return run(batch, *args)
+    def watch(name: str, note: Callable[..., None]) -> None:
+        run = getattr(importlib.import_module(PLANNING), name)
 
-        return spied
+        def watched(*args: Any) -> Any:
+            note(*args)
+            return run(*args)
+
+        monkeypatch.setattr(f"{PLANNING}.{name}", watched)
 
     for name in KERNELS:
-        monkeypatch.setattr(planning, f"run_{name}", spy(name, getattr(planning, f"run_{name}")))
-    return found
-
-
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each temporary copy that is made for a kernel."""
-    found: list[int] = []
-    empty_like = planning.empty_like
-
-    def spied(x: Tensor, dtype: torch.dtype) -> Tensor:
-        found.append(x.numel() * dtype.itemsize)
-        return empty_like(x, dtype)
-
-    monkeypatch.setattr(planning, "empty_like", spied)
+        watch(f"run_{name}", lambda batch, *_, name=name: found.runs.append((name, len(batch.grads))))
+    watch("empty_like", lambda x, dtype: found.copied.append(x.numel() * dtype.itemsize))
     return found
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+    return random_tensor(shape, dtype, sum(shape))
 
 
 def gaps(rows: int, columns: int) -> Tensor:
-    return randn(rows, 2 * columns)[:, ::2]
+    return in_layout(randn(rows, columns), "strided")
 
 
 TREES: dict[str, tuple[Any, Any]] = {
@@ -96,39 +96,45 @@ def make(tree: str, options: str) -> tuple[tuple[Any, Any, Any, AdamHparams], di
     return (params, grads, adam_init(params, hparams, **given), hparams), update
 
 
-@every_kernel
-@donate_or_not
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tree", TREES)
-def test_the_named_kernel_runs_on_the_named_groups_and_copies(
-    tree: str, options: str, donate: bool, kernel: str, runs: list[tuple[str, int]], copied: list[int]
-) -> None:
-    arguments, keywords = make(tree, options)
-    explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
-    assert (runs, copied) == ([], [])
-    adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
+def test_the_named_kernel_runs_on_the_named_groups_and_copies(tree: str, options: str, done: Done) -> None:
+    for kernel, donate in product(KERNELS_AND_AUTO, (False, True)):
+        arguments, keywords = make(tree, options)
+        explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
+        assert done == ([], [])
+        adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
 
-    assert explanation.watched_by is None
-    assert runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
-    temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
-    assert sum(x.nbytes for x in temporary) == sum(copied)
-    assert sum(len(x.tensors) for x in temporary) == len(copied)
-    results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
-    columns = 4 if arguments[3].amsgrad else 3
-    assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+        assert explanation.watched_by is None
+        assert done.runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
+        temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
+        assert sum(x.nbytes for x in temporary) == sum(done.copied)
+        assert sum(len(x.tensors) for x in temporary) == len(done.copied)
+        results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
+        columns = 4 if arguments[3].amsgrad else 3
+        assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+        done.runs.clear()
+        done.copied.clear()
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_groups_hold_every_leaf_once_with_its_dtype(tree: str) -> None:
     arguments, _ = make(tree, "adam")
-    params = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
-    explanation = explain(*arguments)
+    params, groups = tensors_of(arguments[0]), explain(*arguments).groups
     paths = [f"params[{i}]" for i in range(len(params))] if isinstance(arguments[0], list) else ["params"]
-    by_path = {path: group for group in explanation.groups for path in group.leaves}
-    assert sorted(path for group in explanation.groups for path in group.leaves) == paths
-    assert [by_path[path].dtype for path in paths] == [x.dtype for x in params]
-    assert sum(group.element_count for group in explanation.groups) == sum(x.numel() for x in params)
-    assert {group.device for group in explanation.groups} == {torch.device("cpu")}
+    by_path = sorted((path, group.dtype) for group in groups for path in group.leaves)
+    assert by_path == [(path, x.dtype) for path, x in zip(paths, params, strict=True)]
+    assert sum(group.element_count for group in groups) == sum(x.numel() for x in params)
+    assert {group.device for group in groups} == {torch.device("cpu")}
+
+
+def same_error(arguments: Sequence[Any], keywords: dict[str, Any]) -> str:
+    """What the update raises, and `explain` too."""
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\w") as expected:
+        adam_update(*arguments, **keywords)
+    with pytest.raises(expected.type, match=f"^{re.escape(str(expected.value))}$"):
+        explain(*arguments, **keywords)
+    return str(expected.value)
 
 
 def test_groups_show_their_hyperparameters() -> None:
@@ -149,6 +155,9 @@ def test_results_are_as_large_as_the_new_tensors() -> None:
         (["state.exp_avg[0]", "state.exp_avg[1]"], 52),
         (["state.exp_avg_sq[0]", "state.exp_avg_sq[1]"], 52),
     ]
+    # Each is listed once, however many there are.
+    many = [torch.ones(2) for _ in range(50)]
+    assert [len(x.tensors) for x in explain(many, many, adam_init(many, HPARAMS), HPARAMS).new_memory] == [50] * 3
 
 
 def test_masters_are_named_in_the_place_of_their_parameters() -> None:
@@ -163,17 +172,17 @@ def test_masters_are_named_in_the_place_of_their_parameters() -> None:
 
 
 @pytest.mark.parametrize("found_inf", [1.0, torch.tensor(float("nan"))])
-def test_a_skipped_update_computes_nothing(found_inf: Any, runs: list[tuple[str, int]]) -> None:
+def test_a_skipped_update_computes_nothing(found_inf: Any, done: Done) -> None:
     params = [randn(3), randn(2)]
     state = adam_init(params, HPARAMS)
     explanation = explain(params, params, state, HPARAMS, found_inf=found_inf)
     adam_update(params, params, state, HPARAMS, found_inf=found_inf)
     assert explanation.groups == []
     assert explanation.still == ["params[0]", "params[1]"]
-    assert runs == []
+    assert done.runs == []
 
 
-def test_leaves_without_a_gradient_stand_still(runs: list[tuple[str, int]]) -> None:
+def test_leaves_without_a_gradient_stand_still(done: Done) -> None:
     params = [randn(3), randn(2), randn(4)]
     grads = [randn(3), None, randn(4)]
     state = adam_init(params, HPARAMS, per_leaf_step=True)
@@ -181,32 +190,18 @@ def test_leaves_without_a_gradient_stand_still(runs: list[tuple[str, int]]) -> N
     adam_update(params, grads, state, HPARAMS)
     assert explanation.still == ["params[1]"]
     assert [group.leaves for group in explanation.groups] == [["params[0]", "params[2]"]]
-    assert runs == [("fused", 2)]
+    assert done.runs == [("fused", 2)]
 
 
-@pytest.mark.parametrize("kernel", ["fused", "auto"])
-def test_why_a_kernel_cannot_run_is_what_the_error_says(kernel: str) -> None:
+def test_why_a_kernel_cannot_run_is_what_the_error_says() -> None:
     params = torch.empty(3, device="meta")
-    state = adam_init(params, HPARAMS)
-    explanation = explain(params, params, state, HPARAMS)
+    arguments = params, params, adam_init(params, HPARAMS), HPARAMS
+    explanation = explain(*arguments)
     assert explanation.computed_by == "foreach"
     assert list(explanation.reasons) == ["fused", "foreach", "single"]
-    with pytest.raises(RuntimeError, match="kernel='fused' cannot run here: there are leaves on meta") as error:
-        adam_update(params, params, state, HPARAMS, kernel="fused")
-    assert explanation.reasons["fused"] in str(error.value)
-    if kernel == "fused":
-        with pytest.raises(RuntimeError, match="there are leaves on meta") as same:
-            explain(params, params, state, HPARAMS, kernel="fused")
-        assert str(same.value) == str(error.value)
-
-
-@pytest.mark.parametrize(("name", "kernel"), [("_fused_adam_", "fused"), ("_fused_adamw_", "fused")])
-def test_a_torch_without_a_kernel_is_explained(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional_adam.kernels, name, None)
-    params = randn(3)
-    explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS)
-    assert explanation.computed_by == "foreach"
-    assert explanation.reasons[kernel] == "this torch has no torch._fused_adam_"
+    expected = same_error(arguments, {"kernel": "fused"})
+    assert expected.startswith("kernel='fused' cannot run here: there are leaves on meta")
+    assert explanation.reasons["fused"] in expected
 
 
 def test_an_explicit_kernel_is_the_reason_against_the_others() -> None:
@@ -243,12 +238,12 @@ def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tenso
     ids=["grad", "vmap", "jvp", "nested", "make_fx"],
 )
 def test_a_watcher_is_named(
-    transform: Any, shape: tuple[int, ...], computed_by: str, watched_by: str, runs: list[tuple[str, int]]
+    transform: Any, shape: tuple[int, ...], computed_by: str, watched_by: str, done: Done
 ) -> None:
     explanation = seen_inside(transform, randn(*shape))
     assert explanation.computed_by == computed_by
     assert explanation.watched_by.startswith(watched_by)
-    assert {name for name, _ in runs} == {computed_by} - {"equations"}
+    assert {name for name, _ in done.runs} == {computed_by} - {"equations"}
     assert explanation.computed_by in str(explanation)
     if computed_by == "equations":
         assert all("is opaque to" in explanation.reasons[name] for name in KERNELS)
@@ -273,8 +268,7 @@ def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
 
 
 def test_a_traced_donation_is_copied_into_the_memory_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As under torch.compile, which does not trace `explain` itself.
-    monkeypatch.setattr(functional_adam.dispatch, "is_compiled_here", lambda: True)
+    monkeypatch.setattr(IS_COMPILED, lambda: True)
     found: list[Any] = []
 
     def step(param: Tensor, gradient: Tensor) -> Tensor:
@@ -301,36 +295,15 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_it_raises_what_the_update_raises(case: str) -> None:
-    arguments, keywords = BAD[case]
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\w") as expected:
-        adam_update(*arguments, **keywords)
-    with pytest.raises(expected.type, match=r"\w") as got:
-        explain(*arguments, **keywords)
-    assert str(got.value) == str(expected.value)
-
-
-def test_tensors_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed: list[int] = []
-
-    def new_memory(tensors: list[str], nbytes: int, why: str) -> NewMemory:
-        listed.append(len(tensors))
-        return NewMemory(tensors, nbytes, why)
-
-    monkeypatch.setattr(functional_adam.explanation, "NewMemory", new_memory)
-    params = [torch.ones(2) for _ in range(50)]
-    explain(params, params, adam_init(params, HPARAMS), HPARAMS)
-    assert listed == [50, 50, 50]
+    same_error(*BAD[case])
 
 
 @donate_or_not
 def test_nothing_is_changed(donate: bool) -> None:
-    (params, grads, state, hparams), _ = make("gaps", "amsgrad")
-    tensors = [*params, *grads, state.step, *state.exp_avg, *state.exp_avg_sq, *state.max_exp_avg_sq]
-    before = [(x.clone(), x._version, x.data_ptr()) for x in tensors]
-    explain(params, grads, state, hparams, donate=donate)
-    for x, (value, version, address) in zip(tensors, before, strict=True):
-        assert torch.equal(x, value)
-        assert (x._version, x.data_ptr()) == (version, address)
+    arguments, _ = make("gaps", "amsgrad")
+    before = snapshot(arguments)
+    explain(*arguments, donate=donate)
+    assert_unchanged(arguments, before)
 
 
 def test_the_table_has_no_loose_ends() -> None:
