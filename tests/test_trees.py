@@ -22,7 +22,8 @@ from tests.tolerances import assert_equal
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}
 
 kernels = pytest.mark.parametrize("kernel", KERNELS)
-every_mode = pytest.mark.parametrize(("donate", "per_leaf_step"), product((False, True), repeat=2))
+MODES = [*product((False, True), repeat=2)]
+every_mode = pytest.mark.parametrize(("donate", "per_leaf_step"), MODES)
 
 
 @optree.dataclasses.dataclass(namespace="")
@@ -113,7 +114,7 @@ def test_init_makes_zeros_in_the_form_of_params(make: Callable[[], Any]) -> None
 @every_tree
 def test_form_is_kept_and_an_update_is_that_of_the_leaves(kernel: str, make: Callable[[], Any]) -> None:
     hparams = AdamHparams(**OPTIONS)
-    for donate, per_leaf_step in product((False, True), repeat=2):
+    for donate, per_leaf_step in MODES:
         params, flat = make(), optree.tree_leaves(make())
         state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
         flat_state = adam_init(flat, hparams)
@@ -234,7 +235,7 @@ DIFFERENCES: list[tuple[Any, Any, str]] = [  # params, grads, and what is said
     ({"a": X, "b": X}, {"b": X, "c": X}, "grads lacks ['a'] and has the extra ['c'], but params has ['a', 'b']."),
     (
         MANY,
-        {key: X for key in [*MANY][:-1]},
+        dict.fromkeys([*MANY][:-1], X),
         "grads lacks ['299'], but params has ['000', '001', '002', '003'] and 296 more.",
     ),
     (
