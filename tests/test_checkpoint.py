@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.utils._pytree as torch_pytree
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -69,8 +70,8 @@ def random_state(params: Any, hparams: AdamHparams, seed: int, *, per_leaf_step:
 
 def torch_run(params: Any, gradients: Sequence[Any], optimizer: torch.optim.Optimizer) -> None:
     for grads in gradients:
-        for param, gradient in zip(optree.tree_leaves(params), optree.tree_leaves(grads), strict=True):
-            param.grad = gradient.clone()
+        for param, gradient in zip(*map(torch_pytree.tree_leaves, (params, grads)), strict=True):
+            param.grad = None if gradient is None else gradient.clone()
         optimizer.step()
 
 
@@ -203,22 +204,19 @@ def named_optimizer(names: list[str], tensors_: list[Tensor], **options: Any) ->
 
 
 def test_names_are_followed_where_they_are() -> None:
-    optimizer = named_optimizer(["b.weight", "a.0", "c.first"], [leaf(i) for i in range(3)])
+    state_dict = named_optimizer(["b.weight", "a.0", "c.first"], [leaf(i) for i in range(3)]).state_dict()
     params = {"a": [leaf(1)], "c": Pair(leaf(2), None), "b": {"weight": leaf(0)}}
-    state, _ = from_torch_state_dict(params, optimizer.state_dict())
-    assert_equal(state.exp_avg, optree.tree_map(lambda x: 0 + (1 - 0.9) * x, params))
+    expected = optree.tree_map(lambda x: 0 + (1 - 0.9) * x, params)
+    assert_equal(from_torch_state_dict(params, state_dict)[0].exp_avg, expected)
     # A list has no names to compare: then it is the order.
-    state, _ = from_torch_state_dict([leaf(0), leaf(1), leaf(2)], optimizer.state_dict())
+    state, _ = from_torch_state_dict([leaf(0), leaf(1), leaf(2)], state_dict)
     assert_equal(state.exp_avg, [0 + (1 - 0.9) * leaf(i) for i in range(3)])
-
-
-def test_names_in_place_of_indices_are_followed() -> None:
-    state_dict = named_optimizer(["b", "a"], [leaf(0), leaf(1)]).state_dict()
-    group = {**state_dict["param_groups"][0], "params": ["b", "a"]}
-    del group["param_names"]
-    named = {"state": {"b": state_dict["state"][0], "a": state_dict["state"][1]}, "param_groups": [group]}
-    state, _ = from_torch_state_dict({"a": leaf(1), "b": leaf(0)}, named)
-    assert_equal(state.exp_avg, {"a": (1 - 0.9) * leaf(1), "b": (1 - 0.9) * leaf(0)})
+    # Names may stand in the place of indices.
+    group = state_dict["param_groups"][0]
+    names = group.pop("param_names")
+    group["params"] = names
+    state_dict["state"] = dict(zip(names, state_dict["state"].values(), strict=True))
+    assert_equal(from_torch_state_dict(params, state_dict)[0].exp_avg, expected)
 
 
 INTERLEAVED: dict[str, tuple[Any, list[list[str]] | None]] = {  # leaves 0 and 2 are a group; their names
@@ -279,18 +277,13 @@ def test_groups_that_differ_in_a_flag_are_an_error() -> None:
 def test_parameters_that_never_had_a_gradient_begin_at_step_0(kernel: Any) -> None:
     weights = [torch.nn.Parameter(leaf(i)) for i in range(3)]
     optimizer = torch.optim.Adam(weights, **TORCH_FLAGS[kernel])
-    for used in ([0], [0, 2]):
-        for i, weight in enumerate(weights):
-            weight.grad = leaf(10 + i) if i in used else None
-        optimizer.step()
+    torch_run(weights, [[leaf(10), None, None], [leaf(10), None, leaf(12)]], optimizer)
     params = [w.detach().clone() for w in weights]
     state, hparams = from_torch_state_dict(params, optimizer.state_dict())
     assert [step.item() for step in state.step] == [2, 0, 1]
     assert_equal(state.exp_avg[1], torch.zeros(3, 2))
     grads = [leaf(20), leaf(21), None]
-    for weight, gradient in zip(weights, grads, strict=True):
-        weight.grad = gradient
-    optimizer.step()
+    torch_run(weights, [grads], optimizer)
     assert_equal(adam_update(params, grads, state, hparams, kernel=kernel)[0], [w.detach() for w in weights])
 
 
@@ -498,8 +491,7 @@ def test_keys_of_one_repr_are_an_error() -> None:
         state_to_dict(state)
 
 
-@pytest.fixture
-def run() -> tuple[Any, AdamState, AdamHparams]:
+def hard_run() -> tuple[Any, AdamState, AdamHparams]:
     """A state with all that files find hard: layouts, dtypes, nesting, no elements."""
     hparams = AdamHparams(amsgrad=True, weight_decay=0.1)
     params = {
@@ -529,17 +521,15 @@ def through_distributed_checkpoint(flat: dict[str, Tensor], path: Path) -> dict[
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize("through", [through_torch, through_safetensors, through_distributed_checkpoint])
-def test_flat_dicts_go_through_files(
-    run: tuple[Any, AdamState, AdamHparams], through: Callable[..., Any], tmp_path: Path
-) -> None:
-    params, state, hparams = run
+def test_flat_dicts_go_through_files(through: Callable[..., Any], tmp_path: Path) -> None:
+    params, state, hparams = hard_run()
     found = state_from_dict(through(state_to_dict(state), tmp_path / "state"), params, hparams)
     assert_equal(found, state)
     assert strides_of(found) == strides_of(state)
 
 
-def test_dicts_of_torch_go_through_torch_save(run: tuple[Any, AdamState, AdamHparams], tmp_path: Path) -> None:
-    params, state, hparams = run
+def test_dicts_of_torch_go_through_torch_save(tmp_path: Path) -> None:
+    params, state, hparams = hard_run()
     state_dict = through_torch(to_torch_state_dict(params, state, hparams), tmp_path / "optimizer.pt")
     found, found_hparams = from_torch_state_dict(params, state_dict)
     assert_equal(found, state)
@@ -583,9 +573,8 @@ def test_a_new_process_loads_states_and_hyperparameters_with_weights_only(tmp_pa
         f"import torch, functional_adam; loaded = torch.load({str(tmp_path / 'run.pt')!r}, weights_only=True);"
         "print(loaded['hparams'].lr, loaded['hparams'].maximize, loaded['state'].exp_avg['w'].tolist())"
     )
-    out = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout == "{'w': 0.5} True [0.0, 0.0]\n"
 
 
