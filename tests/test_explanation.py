@@ -1,63 +1,64 @@
 """What `explain` says of an update is what the update does."""
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import functional_adam.adam.kernels
-import functional_adam.call.dispatch
-import functional_adam.call.explanation
-from functional_adam import AdamHparams, adam_init, adam_update, explain, planning
-from functional_adam.call.explanation import NewMemory
+from functional_adam import AdamHparams, adam_init, adam_update, explain
+from tests.builders import KERNELS_AND_AUTO, assert_unchanged, clone, snapshot, tensors_of
 from tests.oracles import KERNELS
+from tests.strategies import in_layout, random_tensor
 
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
 donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
-every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
+
+# Which kernel runs and what is copied for it cannot be seen from outside: the module that does it is watched.
+PLANNING = "functional_adam.planning"
+# Under torch.compile `explain` is not traced, so that it cannot be asked there.
+IS_COMPILED = "functional_adam.dispatch.is_compiled_here"
+
+
+class Done(NamedTuple):
+    """What an update has done."""
+
+    runs: list[tuple[str, int]]  # the kernel of each call, and how many leaves it got
+    copied: list[int]  # the bytes of each temporary copy that is made for a kernel
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The kernel of each call, and how many leaves it got."""
-    found: list[tuple[str, int]] = []
+def done(monkeypatch: pytest.MonkeyPatch) -> Done:
+    found = Done([], [])
 
-    def spy(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def spied(batch: Any, *args: Any) -> Any:
-            found.append((name, len(batch.grads)))
-            return run(batch, *args)
+    def watch(name: str, note: Callable[..., None]) -> None:
+        run = getattr(importlib.import_module(PLANNING), name)
 
-        return spied
+        def watched(*args: Any) -> Any:
+            note(*args)
+            return run(*args)
+
+        monkeypatch.setattr(f"{PLANNING}.{name}", watched)
 
     for name in KERNELS:
-        monkeypatch.setattr(planning, f"run_{name}", spy(name, getattr(planning, f"run_{name}")))
-    return found
-
-
-@pytest.fixture
-def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each temporary copy that is made for a kernel."""
-    found: list[int] = []
-    empty_like = planning.empty_like
-
-    def spied(x: Tensor, dtype: torch.dtype) -> Tensor:
-        found.append(x.numel() * dtype.itemsize)
-        return empty_like(x, dtype)
-
-    monkeypatch.setattr(planning, "empty_like", spied)
+        watch(f"run_{name}", lambda batch, *_, name=name: found.runs.append((name, len(batch.grads))))
+    watch("empty_like", lambda x, dtype: found.copied.append(x.numel() * dtype.itemsize))
     return found
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+    return random_tensor(shape, dtype, sum(shape))
 
 
 def gaps(rows: int, columns: int) -> Tensor:
-    return randn(rows, 2 * columns)[:, ::2]
+    return in_layout(randn(rows, columns), "strided")
 
 
 TREES: dict[str, tuple[Any, Any]] = {
@@ -72,69 +73,63 @@ TREES: dict[str, tuple[Any, Any]] = {
     "negative": ([randn(3)], [randn(3, dtype=torch.complex64).conj().imag]),
     "scalar": (randn(), randn()),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "adam": {},
-    "amsgrad": {"hparams": AdamHparams(amsgrad=True)},
-    "grad_scale": {"grad_scale": 2.0},
-    "float32_moments": {"moment_dtype": torch.float32},
-    "masters": {"master_params": True, "per_leaf_step": True},
-    "groups": {"hparams": AdamHparams(lr=torch.tensor(0.1)), "per_leaf_step": True},
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the state and of the update
+    "adam": ({}, {}),
+    "amsgrad": ({"hparams": AdamHparams(amsgrad=True)}, {}),
+    "grad_scale": ({}, {"grad_scale": 2.0}),
+    "float32_moments": ({"moment_dtype": torch.float32}, {}),
+    "masters": ({"master_params": True, "per_leaf_step": True}, {}),
+    "groups": ({"hparams": AdamHparams(lr=torch.tensor(0.1)), "per_leaf_step": True}, {}),
 }
 
 
-def make(tree: str, options: str) -> tuple[tuple[Any, Any, Any, AdamHparams], dict[str, Any]]:
-    """Fresh arguments of an update: what stands in an update's place, and its keywords."""
+def call(params: Any, grads: Any = None, *, hparams: AdamHparams = HPARAMS, **options: Any) -> tuple[Any, ...]:
+    """The arguments of a first update; parameters are as good as gradients."""
+    return params, params if grads is None else grads, adam_init(params, hparams, **options), hparams
+
+
+def call_of(tree: str, options: str = "adam") -> tuple[Any, ...]:
+    """The same of TREES, with parameters in memory of their own for donation, in the layout of the tree's."""
     params, grads = TREES[tree]
-    if isinstance(params, list):
-        # Memory of their own for donation, in the layout of the tree's.
-        params = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x) for x in params]
-    else:
-        params = params.clone()
-    given = dict(OPTIONS[options])
-    hparams = given.pop("hparams", HPARAMS)
-    update = {name: given.pop(name) for name in ("grad_scale",) if name in given}
-    return (params, grads, adam_init(params, hparams, **given), hparams), update
+    own = torch_pytree.tree_map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x), params)
+    return call(own, grads, **OPTIONS[options][0])
 
 
-@every_kernel
-@donate_or_not
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tree", TREES)
-def test_the_named_kernel_runs_on_the_named_groups_and_copies(
-    tree: str, options: str, donate: bool, kernel: str, runs: list[tuple[str, int]], copied: list[int]
-) -> None:
-    arguments, keywords = make(tree, options)
-    explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
-    assert (runs, copied) == ([], [])
-    adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
+def test_the_named_kernel_runs_on_the_named_groups_and_copies(tree: str, options: str, done: Done) -> None:
+    for kernel, donate in product(KERNELS_AND_AUTO, (False, True)):
+        arguments, keywords = call_of(tree, options), OPTIONS[options][1]
+        explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
+        assert done == ([], [])
+        adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
 
-    assert explanation.watched_by is None
-    assert runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
-    temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
-    assert sum(x.nbytes for x in temporary) == sum(copied)
-    assert sum(len(x.tensors) for x in temporary) == len(copied)
-    results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
-    columns = 4 if arguments[3].amsgrad else 3
-    assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+        assert explanation.watched_by is None
+        assert done.runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
+        temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
+        assert sum(x.nbytes for x in temporary) == sum(done.copied)
+        assert sum(len(x.tensors) for x in temporary) == len(done.copied)
+        results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
+        columns = 4 if arguments[3].amsgrad else 3
+        assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+        done.runs.clear()
+        done.copied.clear()
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_groups_hold_every_leaf_once_with_its_dtype(tree: str) -> None:
-    arguments, _ = make(tree, "adam")
-    params = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
-    explanation = explain(*arguments)
+    arguments = call_of(tree)
+    params, groups = tensors_of(arguments[0]), explain(*arguments).groups
     paths = [f"params[{i}]" for i in range(len(params))] if isinstance(arguments[0], list) else ["params"]
-    by_path = {path: group for group in explanation.groups for path in group.leaves}
-    assert sorted(path for group in explanation.groups for path in group.leaves) == paths
-    assert [by_path[path].dtype for path in paths] == [x.dtype for x in params]
-    assert sum(group.element_count for group in explanation.groups) == sum(x.numel() for x in params)
-    assert {group.device for group in explanation.groups} == {torch.device("cpu")}
+    by_path = sorted((path, group.dtype) for group in groups for path in group.leaves)
+    assert by_path == [(path, x.dtype) for path, x in zip(paths, params, strict=True)]
+    assert sum(group.element_count for group in groups) == sum(x.numel() for x in params)
+    assert {group.device for group in groups} == {torch.device("cpu")}
 
 
 def test_groups_show_their_hyperparameters() -> None:
     params = {"a": randn(2), "b": randn(3), "c": randn(4)}
-    hparams = AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1})
-    groups = explain(params, params, adam_init(params, hparams), hparams).groups
+    groups = explain(*call(params, hparams=AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1}))).groups
     assert [(group.leaves, group.hparams.lr) for group in groups] == [
         (["params['a']", "params['c']"], 0.1),
         (["params['b']"], 0.2),
@@ -142,8 +137,7 @@ def test_groups_show_their_hyperparameters() -> None:
 
 
 def test_results_are_as_large_as_the_new_tensors() -> None:
-    params = [randn(3), randn(2, 5)]
-    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS).new_memory
+    copies = explain(*call([randn(3), randn(2, 5)])).new_memory
     assert [(x.tensors, x.nbytes) for x in copies] == [
         (["params[0]", "params[1]"], 52),
         (["state.exp_avg[0]", "state.exp_avg[1]"], 52),
@@ -153,79 +147,88 @@ def test_results_are_as_large_as_the_new_tensors() -> None:
 
 def test_masters_are_named_in_the_place_of_their_parameters() -> None:
     params = [randn(3, dtype=torch.bfloat16), randn(2)]
-    state = adam_init(params, HPARAMS, master_params=True, moment_dtype=torch.float32)
-    grads = [x.clone() for x in params]
-    copies = explain(params, grads, state, HPARAMS, donate=True).new_memory
-    assert [(x.tensors, x.nbytes, x.why) for x in copies] == [
+    arguments = call(params, clone(params), master_params=True, moment_dtype=torch.float32)
+    assert [(x.tensors, x.nbytes, x.why) for x in explain(*arguments, donate=True).new_memory] == [
         (["params[0]"], 6, "is rounded from its master"),
         (["grads[0]"], 12, "is of torch.bfloat16 and computed in torch.float32"),
     ]
 
 
+@donate_or_not
+def test_a_parameter_that_stands_still_is_not_rounded(donate: bool) -> None:
+    arguments = call([randn(3, dtype=torch.bfloat16)], [None], master_params=True, per_leaf_step=True)
+    new_memory = explain(*arguments, donate=donate).new_memory
+    assert not any("rounded" in x.why for x in new_memory)
+    assert [x.tensors for x in new_memory if x.tensors == ["params[0]"]] == [["params[0]"]] * (not donate)
+
+
 @pytest.mark.parametrize("found_inf", [1.0, torch.tensor(float("nan"))])
-def test_a_skipped_update_computes_nothing(found_inf: Any, runs: list[tuple[str, int]]) -> None:
-    params = [randn(3), randn(2)]
-    state = adam_init(params, HPARAMS)
-    explanation = explain(params, params, state, HPARAMS, found_inf=found_inf)
-    adam_update(params, params, state, HPARAMS, found_inf=found_inf)
-    assert explanation.groups == []
-    assert explanation.still == ["params[0]", "params[1]"]
-    assert runs == []
+def test_a_skipped_update_computes_nothing(found_inf: Any, done: Done) -> None:
+    arguments = call([randn(3), randn(2)])
+    explanation = explain(*arguments, found_inf=found_inf)
+    adam_update(*arguments, found_inf=found_inf)
+    assert (explanation.groups, explanation.still) == ([], ["params[0]", "params[1]"])
+    assert done.runs == []
 
 
-def test_leaves_without_a_gradient_stand_still(runs: list[tuple[str, int]]) -> None:
+def test_leaves_without_a_gradient_stand_still(done: Done) -> None:
     params = [randn(3), randn(2), randn(4)]
-    grads = [randn(3), None, randn(4)]
-    state = adam_init(params, HPARAMS, per_leaf_step=True)
-    explanation = explain(params, grads, state, HPARAMS)
-    adam_update(params, grads, state, HPARAMS)
+    arguments = call(params, [params[0], None, params[2]], per_leaf_step=True)
+    explanation = explain(*arguments)
+    adam_update(*arguments)
     assert explanation.still == ["params[1]"]
     assert [group.leaves for group in explanation.groups] == [["params[0]", "params[2]"]]
-    assert runs == [("fused", 2)]
+    assert done.runs == [("fused", 2)]
 
 
-@pytest.mark.parametrize("kernel", ["fused", "auto"])
-def test_why_a_kernel_cannot_run_is_what_the_error_says(kernel: str) -> None:
-    params = torch.empty(3, device="meta")
-    state = adam_init(params, HPARAMS)
-    explanation = explain(params, params, state, HPARAMS)
+def same_error(arguments: Sequence[Any], keywords: dict[str, Any]) -> str:
+    """What the update raises, and `explain` too."""
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\w") as expected:
+        adam_update(*arguments, **keywords)
+    with pytest.raises(expected.type, match=f"^{re.escape(str(expected.value))}$"):
+        explain(*arguments, **keywords)
+    return str(expected.value)
+
+
+X = torch.ones(3)
+BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "shape": (call(X, torch.ones(4)), {}),
+    "structure": (call([X], {"a": X}), {}),
+    "kernel": (call(X), {"kernel": "cuda"}),
+    "order": ((X, adam_init(X, HPARAMS), X, HPARAMS), {}),
+    "overlap": (call(X), {"donate": True}),
+    "grad_scale": (call(X), {"grad_scale": "2"}),
+}
+
+
+@pytest.mark.parametrize(("arguments", "keywords"), BAD.values(), ids=BAD)
+def test_it_raises_what_the_update_raises(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    assert same_error(arguments, keywords)
+
+
+def test_why_a_kernel_cannot_run_is_what_the_error_says() -> None:
+    arguments = call(torch.empty(3, device="meta"))
+    explanation = explain(*arguments)
     assert explanation.computed_by == "foreach"
     assert list(explanation.reasons) == ["fused", "foreach", "single"]
-    with pytest.raises(RuntimeError, match="kernel='fused' cannot run here: there are leaves on meta") as error:
-        adam_update(params, params, state, HPARAMS, kernel="fused")
-    assert explanation.reasons["fused"] in str(error.value)
-    if kernel == "fused":
-        with pytest.raises(RuntimeError, match="there are leaves on meta") as same:
-            explain(params, params, state, HPARAMS, kernel="fused")
-        assert str(same.value) == str(error.value)
-
-
-@pytest.mark.parametrize(("name", "kernel"), [("_fused_adam_", "fused"), ("_fused_adamw_", "fused")])
-def test_a_torch_without_a_kernel_is_explained(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional_adam.adam.kernels, name, None)
-    params = randn(3)
-    explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS)
-    assert explanation.computed_by == "foreach"
-    assert explanation.reasons[kernel] == "this torch has no torch._fused_adam_"
+    expected = same_error(arguments, {"kernel": "fused"})
+    assert expected.startswith("kernel='fused' cannot run here: there are leaves on meta")
+    assert explanation.reasons["fused"] in expected
 
 
 def test_an_explicit_kernel_is_the_reason_against_the_others() -> None:
-    params = randn(3)
-    explanation = explain(params, params, adam_init(params, HPARAMS), HPARAMS, kernel="single")
-    assert explanation.reasons == {
-        "fused": "single was asked for",
-        "foreach": "single was asked for",
-        "single": "asked for",
-    }
+    other = "single was asked for"
+    assert explain(*call(X), kernel="single").reasons == {"fused": other, "foreach": other, "single": "asked for"}
 
 
-def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tensor) -> Any:
+def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tensor, **options: Any) -> Any:
     """What `explain` says where `transform` runs a function of `x`."""
     found: list[Any] = []
 
     def loss(param: Tensor) -> Tensor:
-        found.append(explain(param, param, adam_init(param, HPARAMS), HPARAMS))
-        return adam_update(param, param, adam_init(param, HPARAMS), HPARAMS)[0].sum()
+        arguments = call(param, param.clone())
+        found.append(explain(*arguments, **options))
+        return adam_update(*arguments, **options)[0].sum()
 
     transform(loss)(x)
     return found[0]
@@ -243,131 +246,64 @@ def seen_inside(transform: Callable[[Callable[[Tensor], Tensor]], Any], x: Tenso
     ids=["grad", "vmap", "jvp", "nested", "make_fx"],
 )
 def test_a_watcher_is_named(
-    transform: Any, shape: tuple[int, ...], computed_by: str, watched_by: str, runs: list[tuple[str, int]]
+    transform: Any, shape: tuple[int, ...], computed_by: str, watched_by: str, done: Done
 ) -> None:
     explanation = seen_inside(transform, randn(*shape))
     assert explanation.computed_by == computed_by
     assert explanation.watched_by.startswith(watched_by)
-    assert {name for name, _ in runs} == {computed_by} - {"equations"}
+    assert {name for name, _ in done.runs} == {computed_by} - {"equations"}
     assert explanation.computed_by in str(explanation)
     if computed_by == "equations":
         assert all("is opaque to" in explanation.reasons[name] for name in KERNELS)
 
 
+def test_equations_are_computed_in_float32_for_half_types() -> None:
+    explanation = seen_inside(make_fx, randn(3, dtype=torch.bfloat16))
+    assert [group.dtype for group in explanation.groups] == [torch.float32]
+
+
 def test_autograd_is_named_and_donation_refused_alike() -> None:
-    params = randn(3).requires_grad_()
-    state = adam_init(params, HPARAMS)
-    explanation = explain(params, params, state, HPARAMS)
+    arguments = call(randn(3).requires_grad_())
+    explanation = explain(*arguments)
     assert explanation.watched_by is not None
     assert explanation.watched_by.startswith("autograd")
     assert explanation.watched_by in explanation.reasons["fused"]
+    assert same_error(arguments, {"donate": True}).startswith("Cannot donate: the update is watched by autograd")
+    # A tracer changes nothing about that.
     with pytest.raises(RuntimeError, match="Cannot donate: the update is watched by autograd"):
-        explain(params, params, state, HPARAMS, donate=True)
+        make_fx(lambda g: adam_update(arguments[0], g, *arguments[2:], donate=True)[0])(randn(3))
 
 
 def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
-    params = randn(3).requires_grad_()
-    copies = explain(params, params, adam_init(params, HPARAMS), HPARAMS, found_inf=torch.tensor(0.0)).new_memory
+    copies = explain(*call(randn(3).requires_grad_()), found_inf=torch.tensor(0.0)).new_memory
     chosen = [path for x in copies if "is chosen by found_inf" in x.why for path in x.tensors]
     assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
 
 
 def test_a_traced_donation_is_copied_into_the_memory_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As under torch.compile, which does not trace `explain` itself.
-    monkeypatch.setattr(functional_adam.call.dispatch, "is_compiled_here", lambda: True)
-    found: list[Any] = []
-
-    def step(param: Tensor, gradient: Tensor) -> Tensor:
-        state = adam_init(param, HPARAMS)
-        found.append(explain(param, gradient, state, HPARAMS, donate=True))
-        return adam_update(param, gradient, state, HPARAMS, donate=True)[0]
-
-    make_fx(step)(randn(3), randn(3))
-    whys = [(x.tensors, x.why.partition(":")[0]) for x in found[0].new_memory]
+    monkeypatch.setattr(IS_COMPILED, lambda: True)
+    found = seen_inside(make_fx, randn(3), donate=True).new_memory
     why = "is computed apart, then copied into donated memory"
-    assert whys == [(["params"], why), (["state.exp_avg"], why), (["state.exp_avg_sq"], why)]
-
-
-X = torch.ones(3)
-BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "shape": ((X, torch.ones(4), adam_init(X, HPARAMS), HPARAMS), {}),
-    "structure": (([X], {"a": X}, adam_init([X], HPARAMS), HPARAMS), {}),
-    "kernel": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"kernel": "cuda"}),
-    "order": ((X, adam_init(X, HPARAMS), X, HPARAMS), {}),
-    "overlap": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"donate": True}),
-    "grad_scale": ((X, X, adam_init(X, HPARAMS), HPARAMS), {"grad_scale": "2"}),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_it_raises_what_the_update_raises(case: str) -> None:
-    arguments, keywords = BAD[case]
-    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\w") as expected:
-        adam_update(*arguments, **keywords)
-    with pytest.raises(expected.type, match=r"\w") as got:
-        explain(*arguments, **keywords)
-    assert str(got.value) == str(expected.value)
-
-
-def test_tensors_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed: list[int] = []
-
-    def new_memory(tensors: list[str], nbytes: int, why: str) -> NewMemory:
-        listed.append(len(tensors))
-        return NewMemory(tensors, nbytes, why)
-
-    monkeypatch.setattr(functional_adam.call.explanation, "NewMemory", new_memory)
-    params = [torch.ones(2) for _ in range(50)]
-    explain(params, params, adam_init(params, HPARAMS), HPARAMS)
-    assert listed == [50, 50, 50]
+    assert [x.tensors for x in found] == [["params"], ["state.exp_avg"], ["state.exp_avg_sq"]]
+    assert {x.why.partition(":")[0] for x in found} == {why}
 
 
 @donate_or_not
 def test_nothing_is_changed(donate: bool) -> None:
-    (params, grads, state, hparams), _ = make("gaps", "amsgrad")
-    tensors = [*params, *grads, state.step, *state.exp_avg, *state.exp_avg_sq, *state.max_exp_avg_sq]
-    before = [(x.clone(), x._version, x.data_ptr()) for x in tensors]
-    explain(params, grads, state, hparams, donate=donate)
-    for x, (value, version, address) in zip(tensors, before, strict=True):
-        assert torch.equal(x, value)
-        assert (x._version, x.data_ptr()) == (version, address)
+    arguments = call_of("gaps", "amsgrad")
+    before = snapshot(arguments)
+    explain(*arguments, donate=donate)
+    assert_unchanged(arguments, before)
 
 
 def test_the_table_has_no_loose_ends() -> None:
     params = {f"layer{i}": randn(2, 3) for i in range(3)}
-    grads = {**params, "layer1": None}
-    state = adam_init(params, HPARAMS, per_leaf_step=True)
-    lines = str(explain(params, grads, state, HPARAMS, grad_scale=2.0)).splitlines()
+    arguments = call(params, {**params, "layer1": None}, per_leaf_step=True)
+    lines = str(explain(*arguments, grad_scale=2.0)).splitlines()
     assert lines == [line.rstrip() for line in lines]
     assert max(map(len, lines)) <= 120
     cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines]
     assert ["params['layer0'] and 1 other", "12", "torch.float32", "cpu"] in cells
     assert ["params['layer1']", "nothing: stands still"] in cells
     assert ["grads['layer0'] and 1 other", "48", "is divided by grad_scale"] in cells
-    plain = str(explain(params, params, adam_init(params, HPARAMS), HPARAMS)).splitlines()
-    assert plain[1].split() == ["fused", "yes", "the", "fastest", "that", "can"]
-
-
-def test_equations_are_computed_in_float32_for_half_types() -> None:
-    found: list[Any] = []
-    half = randn(3, dtype=torch.bfloat16)
-    make_fx(lambda p: found.append(explain(p, p, adam_init(p, HPARAMS), HPARAMS)) or p)(half)
-    assert [group.dtype for group in found[0].groups] == [torch.float32]
-
-
-@donate_or_not
-def test_a_parameter_that_stands_still_is_not_rounded(donate: bool) -> None:
-    params = [randn(3, dtype=torch.bfloat16)]
-    state = adam_init(params, HPARAMS, master_params=True, per_leaf_step=True)
-    new_memory = explain(params, [None], state, HPARAMS, donate=donate).new_memory
-    assert not any("rounded" in x.why for x in new_memory)
-    assert [x.tensors for x in new_memory if x.tensors == ["params[0]"]] == [["params[0]"]] * (not donate)
-
-
-def test_a_tracer_may_donate_and_autograd_may_not() -> None:
-    def step(param: Tensor, gradient: Tensor) -> Tensor:
-        state = adam_init(param, HPARAMS)
-        return adam_update(param, gradient, state, HPARAMS, donate=True)[0]
-
-    with pytest.raises(RuntimeError, match="Cannot donate: the update is watched by autograd"):
-        make_fx(step)(randn(3).requires_grad_(), randn(3))
+    assert str(explain(*call(params))).splitlines()[1].split() == ["fused", "yes", "the", "fastest", "that", "can"]

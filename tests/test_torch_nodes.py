@@ -1,6 +1,7 @@
 """Nodes that torch's pytree knows and optree does not: TensorDicts, and classes that a program registers with torch."""
 
 import dataclasses
+import importlib
 import itertools
 import re
 import sys
@@ -27,8 +28,8 @@ from functional_adam import (
     state_to_dict,
     to_torch_state_dict,
     transformation,
-    trees,
 )
+from tests.builders import tensors_of
 from tests.interruptions import Interruption, interrupt
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
@@ -36,6 +37,9 @@ from tests.tensordicts import replace, tensordict
 from tests.tolerances import assert_close, assert_equal
 
 TIMEOUT = 60.0  # seconds, where a fault would wait for ever
+# The module that learns nodes: what comes between cannot be placed, and what another call has learned cannot be
+# forgotten, from outside.
+TREES: Any = importlib.import_module("functional_adam.trees")
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "amsgrad": True}
 LazyStackedTensorDict, TensorDict = tensordict.LazyStackedTensorDict, tensordict.TensorDict
 
@@ -45,7 +49,6 @@ def _in_a_program_that_imports_tensordict(monkeypatch: pytest.MonkeyPatch) -> No
     replace(monkeypatch)
 
 
-kernels = pytest.mark.parametrize("kernel", KERNELS)
 every_step = pytest.mark.parametrize("per_leaf_step", [False, True], ids=["shared_step", "per_leaf_step"])
 
 
@@ -82,15 +85,10 @@ def leaf(seed: int) -> Tensor:
 
 
 # Each made of four leaves, with their paths.
+IN_A_DICT = ("['w']", "['b']", "['in']['x']", "['in']['y']")
 MAKERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "TensorDict": (
-        lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, []),
-        ("['w']", "['b']", "['in']['x']", "['in']['y']"),
-    ),
-    "batched": (
-        lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, [2]),
-        ("['w']", "['b']", "['in']['x']", "['in']['y']"),
-    ),
+    "TensorDict": (lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, []), IN_A_DICT),
+    "batched": (lambda w, b, x, y: TensorDict({"w": w, "b": b, "in": {"x": x, "y": y}}, [2]), IN_A_DICT),
     "within_a_dict": (
         lambda w, b, x, y: {"z": TensorDict({"w": w, "b": b}, []), "a": [x, TensorDict({"y": y}, [])]},
         ("['z']['w']", "['z']['b']", "['a'][0]", "['a'][1]['y']"),
@@ -109,48 +107,37 @@ MAKERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     ),
     "without_keys": (
         lambda w, b, x, y: Bag(3, w, b, Bag(2, x, y)),
-        (
-            "[<flat index 0>]",
-            "[<flat index 1>]",
-            "[<flat index 2>][<flat index 0>]",
-            "[<flat index 2>][<flat index 1>]",
-        ),
+        tuple(f"[<flat index {i}>]" for i in ("0", "1", "2>][<flat index 0", "2>][<flat index 1")),
     ),
 }
 every_node = pytest.mark.parametrize(("make", "paths"), MAKERS.values(), ids=MAKERS)
 every_maker = pytest.mark.parametrize("make", [make for make, _ in MAKERS.values()], ids=MAKERS)
 
 
-def leaves_of(tree: Any) -> list[Tensor]:
-    """In the order in which a maker was given them: torch keeps it, and no dict is made in another one."""
-    return torch_pytree.tree_leaves(tree)
-
-
 def tree_of(make: Callable[..., Any], seed: int) -> Any:
     return make(*(leaf(seed + i) for i in range(4)))
 
 
-@kernels
-@every_step
 @every_node
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_an_update_is_that_of_a_list_of_the_leaves(
-    make: Callable[..., Any], paths: tuple[str, ...], kernel: str, per_leaf_step: bool, donate: bool
+    make: Callable[..., Any], paths: tuple[str, ...], donate: bool
 ) -> None:
     hparams = AdamHparams(**OPTIONS)
-    params, flat = tree_of(make, 0), [leaf(i) for i in range(4)]
-    state, flat_state = (adam_init(x, hparams, per_leaf_step=per_leaf_step) for x in (params, flat))
-    addresses = [x.data_ptr() for x in leaves_of(params)]
-    for seed in (10, 20):
-        grads = [leaf(seed + i) for i in range(4)]
-        params, state = adam_update(params, make(*grads), state, hparams, kernel=kernel, donate=donate)
-        flat, flat_state = adam_update(flat, grads, flat_state, hparams, kernel=kernel)
-    assert type(params) is type(state.exp_avg) is type(tree_of(make, 0))
-    assert torch_pytree.tree_structure(params) == torch_pytree.tree_structure(tree_of(make, 0))
-    for tree, expected in zip((params, *state[1:4]), (flat, *flat_state[1:4]), strict=True):
-        assert_equal(leaves_of(tree), expected)
-    assert ([x.data_ptr() for x in leaves_of(params)] == addresses) == donate
-    assert {*explain(params, params, state, hparams).groups[0].leaves} == {f"params{path}" for path in paths}
+    for kernel, per_leaf_step in itertools.product(KERNELS, (False, True)):
+        params, flat = tree_of(make, 0), [leaf(i) for i in range(4)]
+        state, flat_state = (adam_init(x, hparams, per_leaf_step=per_leaf_step) for x in (params, flat))
+        addresses = [x.data_ptr() for x in tensors_of(params)]
+        for seed in (10, 20):
+            grads = [leaf(seed + i) for i in range(4)]
+            params, state = adam_update(params, make(*grads), state, hparams, kernel=kernel, donate=donate)
+            flat, flat_state = adam_update(flat, grads, flat_state, hparams, kernel=kernel)
+        assert type(params) is type(state.exp_avg) is type(tree_of(make, 0))
+        assert torch_pytree.tree_structure(params) == torch_pytree.tree_structure(tree_of(make, 0))
+        for tree, expected in zip((params, *state[1:4]), (flat, *flat_state[1:4]), strict=True):
+            assert_equal(tensors_of(tree), expected)
+        assert ([x.data_ptr() for x in tensors_of(params)] == addresses) == donate
+        assert {*explain(params, params, state, hparams).groups[0].leaves} == {f"params{path}" for path in paths}
 
 
 @every_node
@@ -175,12 +162,12 @@ def test_states_go_to_files_and_to_torch_and_back(
     assert {key for key in flat if re.match(r"exp_avg\b", key)} == {f"exp_avg{path}" for path in paths}
     found = state_from_dict(flat, params, hparams)
     assert type(found.exp_avg) is type(params)
-    assert_equal([leaves_of(tree) for tree in found], [leaves_of(tree) for tree in state])
+    assert_equal([tensors_of(tree) for tree in found], [tensors_of(tree) for tree in state])
     state_dict = to_torch_state_dict(params, state, hparams)
-    assert_equal([state_dict["state"][i]["exp_avg"] for i in range(4)], leaves_of(state.exp_avg))
+    assert_equal([state_dict["state"][i]["exp_avg"] for i in range(4)], tensors_of(state.exp_avg))
     found, found_hparams = from_torch_state_dict(params, state_dict)
     assert found_hparams == hparams
-    assert_equal([leaves_of(tree) for tree in found[1:]], [leaves_of(tree) for tree in state[1:]])
+    assert_equal([tensors_of(tree) for tree in found[1:]], [tensors_of(tree) for tree in state[1:]])
 
 
 RATES = [0.1, 0.2, 0.1, 0.4]
@@ -189,11 +176,11 @@ RATES = [0.1, 0.2, 0.1, 0.4]
 @every_maker
 def test_numbers_that_differ_come_from_torch_as_a_tree_of_plain_nodes(make: Callable[..., Any]) -> None:
     params = tree_of(make, 0)
-    weights = [torch.nn.Parameter(x) for x in leaves_of(params)]
+    weights = [torch.nn.Parameter(x) for x in tensors_of(params)]
     groups = [{"params": [weight], "lr": lr} for weight, lr in zip(weights, RATES, strict=True)]
     state, hparams = from_torch_state_dict(params, torch.optim.Adam(groups).state_dict())
     new, _ = adam_update(params, tree_of(make, 10), state, hparams)
-    for x, old, seed, lr in zip(leaves_of(new), leaves_of(params), itertools.count(10), RATES, strict=False):
+    for x, old, seed, lr in zip(tensors_of(new), tensors_of(params), itertools.count(10), RATES, strict=False):
         assert_equal(x, adam_update(old, leaf(seed), adam_init(old, hparams), AdamHparams(lr=lr))[0])
 
 
@@ -222,14 +209,14 @@ def test_tensordicts_are_met_by_key_whatever_their_order_and_batch_size() -> Non
     new, _ = adam_update(params, grads, state, hparams)
     assert new.batch_size == torch.Size([])
     assert_equal(dict(new.items()), dict(expected.items()))
-    with pytest.raises(
-        ValueError, match=r"^grads lacks \['b'\] and has the extra \['c'\], but params has \['w', 'b'\]\."
+    bag = Bag(2, leaf(0))
+    for given, other, match in (
+        (params, TensorDict({"w": leaf(2), "c": leaf(3)}, []), r"lacks \['b'\] .* extra \['c'\], .* has \['w', 'b'\]"),
+        (params, Bag(2, leaf(0), leaf(1)), "is of type Bag, but params is of type TensorDict"),
+        (bag, Bag(3, leaf(1)), "has 3 beside its children, but params has 2 beside its children"),
     ):
-        adam_update(params, TensorDict({"w": leaf(2), "c": leaf(3)}, []), state, hparams)
-    with pytest.raises(ValueError, match=r"^grads is of type Bag, but params is of type TensorDict\."):
-        adam_update(params, Bag(2, leaf(0), leaf(1)), state, hparams)
-    with pytest.raises(ValueError, match=r"^grads has 3 beside its children, but params has 2 beside its children\."):
-        adam_update(Bag(2, leaf(0)), Bag(3, leaf(1)), adam_init(Bag(2, leaf(0)), hparams), hparams)
+        with pytest.raises(ValueError, match=f"^grads {match}"):
+            adam_update(given, other, adam_init(given, hparams), hparams)
 
 
 def test_masters_of_some_leaves_stand_in_a_dict() -> None:
@@ -281,16 +268,14 @@ def test_an_ensemble_from_modules_is_mapped() -> None:
     assert state.step.tolist() == [1.0] * 4
 
 
-@every_step
-def test_a_tensordict_is_compiled(per_leaf_step: bool) -> None:
-    torch.compiler.reset()
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_tensordict_is_compiled() -> None:
     hparams = AdamHparams(lr={"w": 0.1, "in": 0.2})
     params = TensorDict({"w": leaf(0), "in": {"x": leaf(1)}}, [])
-    state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
+    state = adam_init(params, hparams, per_leaf_step=True)
     compiled = torch.compile(lambda *trees: adam_update(*trees, hparams), fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(params, params, state), adam_update(params, params, state, hparams), strict=True):
-        assert_close([*leaves_of(got)], [*leaves_of(expected)])
-    torch.compiler.reset()
+        assert_close([*tensors_of(got)], [*tensors_of(expected)])
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
@@ -301,8 +286,8 @@ def test_transformations_take_them(make: Callable[..., Any], inplace: bool) -> N
     expected, _ = adam_update(params, tree_of(make, 10), adam_init(params, hparams), hparams)
     updates, state = optimizer.update(tree_of(make, 10), optimizer.init(params), params, inplace=inplace)
     new = transformation.apply_updates(params, updates, inplace=inplace)
-    assert_close(leaves_of(new), leaves_of(expected))
-    assert [float(step) for step in leaves_of(state.step)] == [1.0] * 4
+    assert_close(tensors_of(new), tensors_of(expected))
+    assert [float(step) for step in tensors_of(state.step)] == [1.0] * 4
 
 
 def fresh_node() -> Any:
@@ -323,7 +308,7 @@ def test_a_node_that_an_update_meets_first_is_learned_then() -> None:
 
     moments = [torch_pytree.tree_map(torch.zeros_like, make(0)) for _ in range(2)]
     new, _ = adam_update(make(0), make(10), AdamState(torch.zeros(()), *moments), hparams)
-    for seed, x in enumerate(leaves_of(new)):
+    for seed, x in enumerate(tensors_of(new)):
         assert_equal(x, adam_update(leaf(seed), leaf(10 + seed), adam_init(leaf(0), hparams), AdamHparams(lr=0.1))[0])
 
 
@@ -334,6 +319,15 @@ def test_numbers_of_a_node_that_nobody_met_are_learned() -> None:
         AdamHparams(lr=node(0.1, "x"))
 
 
+def run_in_threads(count: int, run: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
+
+
 def test_threads_learn_a_node_at_once() -> None:
     node, found, barrier = fresh_node(), list[Any](), threading.Barrier(4)
 
@@ -341,11 +335,7 @@ def test_threads_learn_a_node_at_once() -> None:
         barrier.wait()
         found.append(adam_init(node(torch.ones(2)), AdamHparams()))
 
-    threads = [threading.Thread(target=init) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(4, init)
     assert [len(state.exp_avg.items) for state in found] == [1] * 4
 
 
@@ -354,7 +344,7 @@ def init_a_nested_node() -> None:
 
 
 def is_learning(code: CodeType) -> bool:
-    return code.co_filename == trees.__file__ and code.co_name.endswith(("learn", "_register"))
+    return code.co_filename == TREES.__file__ and code.co_name.endswith(("learn", "_register"))
 
 
 @pytest.mark.parametrize("action", [interrupt, init_a_nested_node])
@@ -376,10 +366,7 @@ def test_nodes_are_learned_whatever_comes_between(action: Callable[[], None]) ->
             counts.append(len(adam_init(node(torch.ones(2)), AdamHparams()).exp_avg.items))
             is_over = interruption.is_over
 
-    thread = threading.Thread(target=try_each_place, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    assert not thread.is_alive()
+    run_in_threads(1, try_each_place)
     assert len(counts) > 30
     assert counts == [1] * len(counts)
 
@@ -387,9 +374,9 @@ def test_nodes_are_learned_whatever_comes_between(action: Callable[[], None]) ->
 def test_a_node_that_another_call_has_registered_meanwhile_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     params = fresh_node()(torch.ones(2))
     adam_init(params, AdamHparams())
-    monkeypatch.setattr(trees, "_learned", set())
-    assert trees.learn([params])
-    assert trees._learned == {type(params)}
+    monkeypatch.setattr(TREES, "_learned", set())
+    assert TREES.learn([params])
+    assert {type(params)} == TREES._learned
 
 
 def test_a_node_that_optree_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
