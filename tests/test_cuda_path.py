@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
+from functional_adam.adam.planning import run_kernel
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from functional_adam.adam.equations import Scalars
-from functional_adam.adam.planning import run_kernel
 from functional_adam.tensors.leaves import Buffers
 
 KERNELS = ("auto", "single", "foreach", "fused")

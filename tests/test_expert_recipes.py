@@ -7,6 +7,9 @@ from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import functional_adam.adam.hparams
+import functional_adam.adam.planning
+import functional_adam.call.dispatch
 import numpy as np
 import optree
 import pytest
@@ -19,9 +22,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import functional_adam.adam.hparams
-import functional_adam.adam.planning
-import functional_adam.call.dispatch
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor

@@ -21,10 +21,12 @@ from tests.strategies import in_layout, random_tensor
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
 donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
 
-# Which kernel runs and what is copied for it cannot be seen from outside: the module that does it is watched.
-PLANNING = "functional_adam.planning"
+# Which kernel runs and what is copied for it cannot be seen from outside: the record of the kernel and what makes the
+# memory of a copy are watched.
+KERNEL_RECORDS: dict[str, Any] = importlib.import_module("functional_adam.adam.kernels").KERNELS
+STAGING = importlib.import_module("functional_adam.tensors.staging")
 # Under torch.compile `explain` is not traced, so that it cannot be asked there.
-IS_COMPILED = "functional_adam.dispatch.is_compiled_here"
+IS_COMPILED = "functional_adam.call.plan.is_compiled_here"
 
 
 class Done(NamedTuple):
@@ -38,18 +40,18 @@ class Done(NamedTuple):
 def done(monkeypatch: pytest.MonkeyPatch) -> Done:
     found = Done([], [])
 
-    def watch(name: str, note: Callable[..., None]) -> None:
-        run = getattr(importlib.import_module(PLANNING), name)
-
-        def watched(*args: Any) -> Any:
+    def watched(run: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
             note(*args)
             return run(*args)
 
-        monkeypatch.setattr(f"{PLANNING}.{name}", watched)
+        return noted
 
-    for name in KERNELS:
-        watch(f"run_{name}", lambda batch, *_, name=name: found.runs.append((name, len(batch.grads))))
-    watch("empty_like", lambda x, dtype: found.copied.append(x.numel() * dtype.itemsize))
+    for name, record in KERNEL_RECORDS.items():
+        run = watched(record.run, lambda batch, *_, name=name: found.runs.append((name, len(batch.grads))))
+        monkeypatch.setitem(KERNEL_RECORDS, name, record._replace(run=run))
+    copy = watched(STAGING.empty_like, lambda x, dtype: found.copied.append(x.numel() * dtype.itemsize))
+    monkeypatch.setattr(STAGING, "empty_like", copy)
     return found
 
 

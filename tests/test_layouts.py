@@ -7,13 +7,13 @@ from typing import Any
 import optree
 import pytest
 import torch
+from functional_adam.adam.planning import Plan, group_leaves
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from functional_adam.adam.equations import Scalars
-from functional_adam.adam.planning import Plan, group_leaves
 from functional_adam.tensors.leaves import Buffers
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import (

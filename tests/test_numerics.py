@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+from functional_adam.adam.planning import run_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch._subclasses import FakeTensorMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from functional_adam.adam.equations import Scalars, precise, update_leaf
-from functional_adam.adam.planning import run_kernel
 from functional_adam.tensors.leaves import Buffers
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import PROPERTY, hyperparameters, random_tensor, seeds

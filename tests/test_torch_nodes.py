@@ -39,7 +39,7 @@ from tests.tolerances import assert_close, assert_equal
 TIMEOUT = 60.0  # seconds, where a fault would wait for ever
 # The module that learns nodes: what comes between cannot be placed, and what another call has learned cannot be
 # forgotten, from outside.
-TREES: Any = importlib.import_module("functional_adam.trees")
+TREES: Any = importlib.import_module("functional_adam.tensors.trees")
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01, "amsgrad": True}
 LazyStackedTensorDict, TensorDict = tensordict.LazyStackedTensorDict, tensordict.TensorDict
 
