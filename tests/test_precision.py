@@ -519,6 +519,7 @@ def test_donation_gives_the_same_bits_in_the_same_memory(kernel: str, found_inf:
     old, before = tensors_of((params, state)), snapshot((params, state))
     before_grads = snapshot(grads)
     got = adam_update(params, grads, state, hparams, donate=True, **how)
+    assert optree.tree_structure(got) == optree.tree_structure((params, state))
     assert_equal(got, expected)
     for (pointer, version, *rest, _), x, y in zip(before, tensors_of(got), old, strict=True):
         assert (x.data_ptr(), [x.shape, x.stride()]) == (pointer, rest)
