@@ -2,10 +2,10 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import functional_adam.adam.hparams
 import functional_adam.adam.planning
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from tests.builders import clone, tensors_of
 from tests.oracles import KERNELS
 from tests.strategies import random_tensor
-from tests.test_cuda_path import SYNCS, CopyByOp, Recorder, assert_no_sync, tensors_of
+from tests.test_cuda_path import SYNCS, CopyByOp, Recorder, assert_no_sync
+from tests.test_numerics import Unread
 from tests.test_recipes import make_tree, run_page, stacked
 from tests.tolerances import assert_close, assert_equal
 
@@ -53,8 +55,8 @@ def assert_all_on_device(recorder: Recorder) -> None:
 # Averages.
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_an_average_is_that_of_torch(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
     model = torch.nn.ParameterList(optree.tree_leaves(make_tree(dtype=dtype)))
     oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -64,15 +66,15 @@ def test_an_average_is_that_of_torch(recipes: SimpleNamespace, decay: float, dty
         for parameter, value in zip(model, optree.tree_leaves(tree), strict=True):
             parameter.data.copy_(value)
         oracle.update_parameters(model)
-        before = optree.tree_map(torch.clone, (average, tree))
+        before = clone((average, tree))
         new = tree if average is None else recipes.ema_update(average, tree, decay)
         assert_equal((average, tree), before)
         average = new
         assert_equal(optree.tree_leaves(average), [x.detach() for x in oracle.module])
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_an_unbiased_average_is_the_weighted_mean(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     trees = [make_tree(10 * seed, dtype) for seed in range(5)]
@@ -108,14 +110,7 @@ def test_an_average_in_float32_keeps_what_half_types_round_away(recipes: SimpleN
         assert_close(average["w"], torch.tensor([expected], dtype=torch.float64), torch.float32)
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_averages_are_compiled_whole(recipes: SimpleNamespace) -> None:
     def both(average: Any, params: Any, count: Tensor) -> Any:
         average = recipes.ema_update(average, params, 0.9)
@@ -191,16 +186,6 @@ def test_a_truncated_gradient_is_that_of_the_last_window(recipes: SimpleNamespac
     assert_close(vmap(grad(after))(torch.stack([lr.detach()] * 2)), torch.stack([slope] * 2))
     full = grad(lambda lr: recipes.loss_after(lr, wide, state, steps=6, window=6)[0])(lr.detach())
     assert torch.isclose(full, slope, rtol=1e-3) == (window == 6)
-
-
-def test_windows_one_by_one_are_one_truncated_run(recipes: SimpleNamespace, wide: Any) -> None:
-    params, state, lr = wide, adam_init(wide, AdamHparams()), tracked_lr().detach()
-    window = grad(recipes.loss_after, has_aux=True)
-    for _ in range(3):
-        slope, (params, state) = window(lr, params, state, steps=2, window=2)
-    whole, end = window(lr, wide, adam_init(wide, AdamHparams()), steps=6, window=2)
-    assert_equal((slope, (params, state)), (whole, end))
-    assert not any(x.requires_grad for x in optree.tree_leaves((params, state)))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -404,41 +389,33 @@ def test_ordinary_tensors_donated_inside_inference_mode_stay_ordinary(kernel: st
 # CUDA graphs.
 
 
-class Option(NamedTuple):
-    """How to train: hyperparameters, arguments of `adam_init` and of `adam_update`, and a dtype."""
-
-    hparams: Mapping[str, Any] = MappingProxyType({})
-    init: Mapping[str, Any] = MappingProxyType({})
-    update: Mapping[str, float] = MappingProxyType({})
-    dtype: torch.dtype = torch.float32
-
-
-OPTIONS: dict[str, Option] = {
-    "plain": Option(),
-    "amsgrad": Option(hparams={"amsgrad": True, "weight_decay": 0.1}),
-    "decoupled": Option(hparams={"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
-    "per_leaf_step": Option(init={"per_leaf_step": True}),
-    "masters": Option(init={"master_params": True, "moment_dtype": torch.float32}, dtype=torch.bfloat16),
-    "masters_and_steps": Option(init={"master_params": True, "per_leaf_step": True}, dtype=torch.bfloat16),
-    "narrow_moments": Option(init={"moment_dtype": torch.bfloat16}),
-    "complex": Option(dtype=torch.complex64),
-    "grad_scale": Option(update={"grad_scale": 8.0}),
-    "found_inf": Option(update={"found_inf": 0.0}),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad": {"hparams": {"amsgrad": True, "weight_decay": 0.1}},
+    "decoupled": {"hparams": {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}},
+    "per_leaf_step": {"init": {"per_leaf_step": True}},
+    "masters": {"init": {"master_params": True, "moment_dtype": torch.float32}, "dtype": torch.bfloat16},
+    "masters_and_steps": {"init": {"master_params": True, "per_leaf_step": True}, "dtype": torch.bfloat16},
+    "narrow_moments": {"init": {"moment_dtype": torch.bfloat16}},
+    "complex": {"dtype": torch.complex64},
+    "grad_scale": {"update": {"grad_scale": 8.0}},
+    "found_inf": {"update": {"found_inf": 0.0}},
 }
 each_option = pytest.mark.parametrize("name", OPTIONS)
 
 
-def begin(name: str, device: str = "cpu") -> tuple[Any, AdamState, Callable[..., Any], dict[str, Tensor]]:
+def begin(name: str, device: str) -> tuple[Any, AdamState, Callable[..., Any], dict[str, Tensor]]:
     """Parameters, state, a donated step on `(params, state, grads, lr, numbers)`, and such numbers, on `device`."""
-    fixed, init, update, dtype = OPTIONS[name]
-    params = make_tree(dtype=dtype)
+    fixed, init, update = (OPTIONS[name].get(key, {}) for key in ("hparams", "init", "update"))
+    params = make_tree(dtype=OPTIONS[name].get("dtype", torch.float32))
     if device == "cuda" and not torch.cuda.is_available():
         # Fake tensors, which a CPU build cannot move.
         params = optree.tree_map(lambda p: torch.empty_like(p, device=device), params)
     else:
         params = optree.tree_map(lambda p: p.to(device), params)
     state = adam_init(params, AdamHparams(**fixed), **init)
-    numbers = {key: torch.tensor(x, device=device) for key, x in update.items()}
+    state = state._replace(step=unread(state.step))
+    numbers = {key: unread(torch.tensor(x, device=device)) for key, x in update.items()}
 
     def step(params: Any, state: AdamState, grads: Any, lr: Tensor, numbers: Any, **how: Any) -> Any:
         return adam_update(params, grads, state, AdamHparams(lr=lr, **fixed), **{"donate": True, **how}, **numbers)
@@ -446,22 +423,13 @@ def begin(name: str, device: str = "cpu") -> tuple[Any, AdamState, Callable[...,
     return params, state, step, numbers
 
 
+def unread(tree: Any) -> Any:
+    """Numbers on the CPU as if on an accelerator, where the host does not read them."""
+    return optree.tree_map(lambda x: x.as_subclass(Unread) if x.device.type == "cpu" else x, tree)
+
+
 def addresses(tree: Any) -> list[int]:
     return [x.data_ptr() for x in optree.tree_leaves(tree)]
-
-
-@each_option
-@each_kernel
-def test_donated_steps_stay_in_their_memory(name: str, kernel: str) -> None:
-    params, state, step, numbers = begin(name)
-    expected = optree.tree_map(torch.clone, (params, state))
-    before = addresses((params, state))
-    for seed in range(1, 4):
-        grads, lr = make_tree(10 * seed, params["a"].dtype), torch.tensor(0.1 / seed)
-        expected = step(*expected, grads, lr, numbers, kernel=kernel, donate=False)
-        params, state = step(params, state, grads, lr, numbers, kernel=kernel)
-        assert addresses((params, state)) == before
-        assert_equal((params, state), expected)
 
 
 class Tape(TorchDispatchMode):
@@ -511,26 +479,27 @@ class Tape(TorchDispatchMode):
         return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-@pytest.fixture
-def _cuda_by_tape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.cuda` as far as the recipe uses it, where nothing that lies on the CPU can be read by the host."""
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.autograd.profiler.record_function("stream"))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
-    for module in (functional_adam.adam.hparams, functional_adam.call.dispatch):
-        monkeypatch.setattr(module, "is_readable", lambda _: False)
-    monkeypatch.setattr(functional_adam.call.dispatch, "check_numbers", lambda *_: None)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where steps are captured; on the CPU by a tape, with `torch.cuda` as far as the recipe uses it."""
+    if request.param == "cpu":
+        stream = SimpleNamespace(wait_stream=lambda _: None)
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: torch.autograd.profiler.record_function("stream"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+        monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    return request.param
 
 
-def check_replays(recipes: SimpleNamespace, name: str, kernel: str, device: str) -> None:
+@each_option
+@each_kernel
+def test_replays_are_the_steps_that_follow(recipes: SimpleNamespace, device: str, name: str, kernel: str) -> None:
     params, state, step, numbers = begin(name, device)
-    start = expected = optree.tree_map(torch.clone, (params, state))
+    start = expected = clone((params, state))
     dtype = params["a"].dtype
     grads = optree.tree_map(lambda x: x.to(device), make_tree(100, dtype))
-    lr = torch.tensor(1.0, device=device)
+    lr = unread(torch.tensor(1.0, device=device))
     before = addresses((params, state))
 
     def captured(params: Any, state: AdamState, *rest: Any) -> Any:
@@ -552,18 +521,23 @@ def check_replays(recipes: SimpleNamespace, name: str, kernel: str, device: str)
     assert optree.tree_leaves(result[1].step)[0] == (2 if "found_inf" in numbers else 3)
 
 
-def check_training(recipes: SimpleNamespace, device: str, *, scheduled: bool) -> None:
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_step_of_the_page_captured_trains_as_torch_does(
+    recipes: SimpleNamespace, device: str, scheduled: bool
+) -> None:
     x, y = random_tensor((8, 3), torch.float32, 1).to(device), random_tensor((8, 1), torch.float32, 2).to(device)
     params = optree.tree_map(lambda p: p.to(device, copy=True), recipes.params)
     torch_params = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
     optimizer = torch.optim.Adam(optree.tree_leaves(torch_params), fused=True)
-    static, lr = [torch.ones_like(x), torch.ones_like(y)], torch.tensor(1.0, device=device)
+    static, lr = [torch.ones_like(x), torch.ones_like(y)], unread(torch.tensor(1.0, device=device))
+    state = adam_init(params, AdamHparams())
+    state = state._replace(step=unread(state.step))
 
     def scheduled_step(params: Any, state: AdamState, x: Tensor, y: Tensor, lr: Tensor) -> Any:
         return recipes.train_step(params, state, x, y, lr * (state.step + 1))
 
     step = scheduled_step if scheduled else recipes.train_step
-    graph, (params, state, value) = recipes.capture(step, params, adam_init(params, AdamHparams()), *static, lr)
+    graph, (params, state, value) = recipes.capture(step, params, state, *static, lr)
     for t in range(1, 5):
         static[0].copy_(x * t)
         static[1].copy_(y)
@@ -579,34 +553,16 @@ def check_training(recipes: SimpleNamespace, device: str, *, scheduled: bool) ->
         assert state.step == t
 
 
-each_schedule = pytest.mark.parametrize("scheduled", [False, True])
-
-
-@pytest.mark.usefixtures("_cuda_by_tape")
-@each_option
-@each_kernel
-def test_replays_on_memory_are_the_steps_that_follow(recipes: SimpleNamespace, name: str, kernel: str) -> None:
-    check_replays(recipes, name, kernel, "cpu")
-
-
-@pytest.mark.usefixtures("_cuda_by_tape")
-@each_schedule
-def test_the_step_of_the_page_captured_trains_as_torch_does(recipes: SimpleNamespace, scheduled: bool) -> None:
-    check_training(recipes, "cpu", scheduled=scheduled)
-
-
-@pytest.mark.usefixtures("_cuda_by_tape")
-def test_replays_without_donation_stand_still(recipes: SimpleNamespace) -> None:
-    params, state, step, numbers = begin("plain")
-    rest = make_tree(1), torch.tensor(0.1), numbers
-    once = step(params, state, *rest, donate=False)
-    graph, result = recipes.capture(lambda *given: step(*given, donate=False), params, state, *rest)
+def test_replays_without_donation_stand_still(recipes: SimpleNamespace, device: str) -> None:
+    params, state, step, numbers = begin("plain", device)
+    grads, lr = optree.tree_map(lambda x: x.to(device), make_tree(1)), unread(torch.tensor(0.1, device=device))
+    once = step(params, state, grads, lr, numbers, donate=False)
+    graph, result = recipes.capture(lambda *given: step(*given, donate=False), params, state, grads, lr, numbers)
     for _ in range(3):
         graph.replay()
         assert_equal(result, once)
 
 
-@pytest.mark.usefixtures("_cuda_by_tape")
 def test_the_tape_refuses_to_read_a_value() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Tape():
         torch.ones(()).add(1).item()
@@ -614,7 +570,7 @@ def test_the_tape_refuses_to_read_a_value() -> None:
 
 @pytest.mark.usefixtures("_fake_cuda")
 @each_option
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+@each_kernel
 def test_a_donated_step_is_all_on_the_device_and_in_its_memory(name: str, kernel: str) -> None:
     params, state, step, numbers = begin(name, "cuda")
     grads, lr = optree.tree_map(torch.empty_like, params), torch.empty((), device="cuda")
@@ -623,17 +579,3 @@ def test_a_donated_step_is_all_on_the_device_and_in_its_memory(name: str, kernel
         result = step(params, state, grads, lr, numbers, kernel=kernel)
     assert_all_on_device(recorder)
     assert [x.untyped_storage()._cdata for x in optree.tree_leaves(result)] == before
-
-
-@pytest.mark.cuda
-class TestCuda:
-    @each_option
-    @each_kernel
-    def test_replays_are_the_steps_that_follow(self, recipes: SimpleNamespace, name: str, kernel: str) -> None:
-        check_replays(recipes, name, kernel, "cuda")
-
-    @each_schedule
-    def test_the_step_of_the_page_captured_trains_as_torch_does(
-        self, recipes: SimpleNamespace, scheduled: bool
-    ) -> None:
-        check_training(recipes, "cuda", scheduled=scheduled)

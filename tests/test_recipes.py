@@ -1,7 +1,6 @@
 """The functions of docs/recipes.md, taken from the page, do what torch's own schedulers, clipping and scaler do."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from torch.func import grad, jvp, vmap
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
 from functional_adam import AdamHparams, adam_init, adam_update
+from tests.builders import clone
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.strategies import random_tensor
 from tests.test_cuda_path import CopyByOp, Recorder, assert_no_sync
@@ -41,19 +41,9 @@ def recipes() -> SimpleNamespace:
     return run_page()
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def make_tree(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    shapes = {"a": (3, 4), "b": [(5,), ()]}
-    return {
-        "a": random_tensor(shapes["a"], dtype, seed),
-        "b": [random_tensor(shape, dtype, seed + i) for i, shape in enumerate(shapes["b"], start=1)],
-    }
+    a, *b = (random_tensor(shape, dtype, seed + i) for i, shape in enumerate(((3, 4), (5,), ())))
+    return {"a": a, "b": b}
 
 
 def stacked(trees: Any) -> Any:
@@ -66,7 +56,7 @@ def stacked(trees: Any) -> Any:
 @each_kernel
 def test_training_a_part_is_torch_with_the_other_part_frozen(recipes: SimpleNamespace, kernel: str) -> None:
     head = {"head": recipes.params["head"]}
-    torch_params = optree.tree_map(torch.clone, recipes.params)
+    torch_params = clone(recipes.params)
     leaves = [x.requires_grad_() for x in optree.tree_leaves(torch_params["head"])]
     optimizer = torch.optim.Adam(leaves, lr=0.1, **TORCH_FLAGS[kernel])
     hparams = AdamHparams(lr=0.1)
@@ -100,21 +90,20 @@ def torch_schedulers(optimizer: torch.optim.Optimizer, kind: str) -> Any:
     return SequentialLR(optimizer, [rising, CosineAnnealingLR(optimizer, total - warmup)], [warmup])
 
 
-@each_kernel
 @pytest.mark.parametrize("kind", ["lambda", "sequential"])
 # SequentialLR calls its own schedulers with a deprecated argument.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step():UserWarning")
-def test_warmup_and_cosine_are_those_of_torch(recipes: SimpleNamespace, kernel: str, kind: str) -> None:
+def test_warmup_and_cosine_are_those_of_torch(recipes: SimpleNamespace, kind: str) -> None:
     params = make_tree(dtype=torch.float64)
     leaves = [p.clone().requires_grad_() for p in optree.tree_leaves(params)]
-    optimizer = torch.optim.Adam(leaves, lr=SCHEDULE["peak"], **TORCH_FLAGS[kernel])
+    optimizer = torch.optim.Adam(leaves, lr=SCHEDULE["peak"])
     scheduler = torch_schedulers(optimizer, kind)
     state = adam_init(params, AdamHparams())
     for seed in range(30):
         lr = recipes.warmup_cosine(state.step, **SCHEDULE)
         assert_close(lr, optimizer.param_groups[0]["lr"], torch.float32)
         grads = make_tree(10 * seed, torch.float64)
-        params, state = adam_update(params, grads, state, AdamHparams(lr=lr), kernel=kernel)
+        params, state = adam_update(params, grads, state, AdamHparams(lr=lr))
         for leaf, gradient in zip(leaves, optree.tree_leaves(grads), strict=True):
             leaf.grad = gradient.clone()
         optimizer.step()
@@ -127,9 +116,8 @@ def test_a_schedule_is_zero_after_the_end_and_smooth_for_each_leaf(recipes: Simp
     rates = optree.tree_map(lambda step: recipes.warmup_cosine(step, **SCHEDULE), steps)
     assert_close(rates, {"a": 0.02, "b": [0.1, 0.0]})
     many = torch.arange(40.0)
-    assert_close(
-        vmap(lambda step: recipes.warmup_cosine(step, **SCHEDULE))(many), recipes.warmup_cosine(many, **SCHEDULE)
-    )
+    mapped = vmap(lambda step: recipes.warmup_cosine(step, **SCHEDULE))(many)
+    assert_close(mapped, recipes.warmup_cosine(many, **SCHEDULE))
 
 
 def test_a_schedule_with_a_step_per_leaf_goes_by_each_step(recipes: SimpleNamespace) -> None:
@@ -146,31 +134,23 @@ def test_a_schedule_with_a_step_per_leaf_goes_by_each_step(recipes: SimpleNamesp
 # Clipping.
 
 
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e3, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
-def test_clipping_is_that_of_torch(recipes: SimpleNamespace, max_norm: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("value", [None, 0.0, torch.inf, torch.nan])
+def test_clipping_is_that_of_torch(recipes: SimpleNamespace, dtype: torch.dtype, value: float | None) -> None:
     grads = make_tree(dtype=dtype)
-    before = optree.tree_map(torch.clone, grads)
-    check_clipping(recipes, grads, max_norm)
-    assert_equal(grads, before)
-
-
-@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
-def test_clipping_of_zero_and_non_finite_gradients_is_that_of_torch(recipes: SimpleNamespace, value: float) -> None:
-    grads = optree.tree_map(torch.zeros_like, make_tree())
-    grads["b"][0][1] = value
-    check_clipping(recipes, grads, 1.0)
-
-
-def check_clipping(recipes: SimpleNamespace, grads: Any, max_norm: float) -> None:
-    clipped, norm = recipes.clip_by_global_norm(grads, max_norm)
-    leaves = [torch.zeros_like(g).requires_grad_() for g in optree.tree_leaves(grads)]
-    for leaf, gradient in zip(leaves, optree.tree_leaves(grads), strict=True):
-        leaf.grad = gradient.clone()
-    expected = torch.nn.utils.clip_grad_norm_(leaves, max_norm, foreach=False)
-    torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
-    for got, leaf in zip(optree.tree_leaves(clipped), leaves, strict=True):
-        torch.testing.assert_close(got, leaf.grad, rtol=0, atol=0, equal_nan=True)
+    if value is not None:
+        grads = optree.tree_map(torch.zeros_like, grads)
+        grads["b"][0][1] = value
+    before = clone(grads)
+    for max_norm in (1e-3, 1.0, 1e3, 0.0):
+        clipped, norm = recipes.clip_by_global_norm(grads, max_norm)
+        leaves = [torch.zeros_like(g).requires_grad_() for g in optree.tree_leaves(grads)]
+        for leaf, gradient in zip(leaves, optree.tree_leaves(grads), strict=True):
+            leaf.grad = gradient.clone()
+        expected = torch.nn.utils.clip_grad_norm_(leaves, max_norm, foreach=False)
+        got = [norm, *optree.tree_leaves(clipped)]
+        torch.testing.assert_close(got, [expected, *(leaf.grad for leaf in leaves)], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(grads, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_clipping_leaves_none_alone_and_is_mapped_and_differentiable(recipes: SimpleNamespace) -> None:
@@ -187,12 +167,12 @@ def test_clipping_leaves_none_alone_and_is_mapped_and_differentiable(recipes: Si
 
 
 @each_kernel
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_the_guard_skips_each_member_for_itself(recipes: SimpleNamespace, kernel: str, bad: float) -> None:
+def test_the_guard_skips_each_member_for_itself(recipes: SimpleNamespace, kernel: str) -> None:
     hparams = AdamHparams(lr=0.1, weight_decay=0.1)
-    members, gradients = [make_tree(s) for s in (0, 10, 20)], [make_tree(s) for s in (30, 40, 50)]
-    gradients[1]["b"][0][2] = bad
-    assert [recipes.has_non_finite(g).item() for g in gradients] == [False, True, False]
+    members, gradients = [make_tree(s) for s in (0, 10, 20, 30)], [make_tree(s) for s in (40, 50, 60, 70)]
+    for gradient, bad in zip(gradients, (torch.inf, -torch.inf, torch.nan), strict=False):
+        gradient["b"][0][2] = bad
+    assert [recipes.has_non_finite(g).item() for g in gradients] == [True, True, True, False]
 
     def step(params: Any, grads: Any) -> Any:
         state = adam_init(params, hparams)
@@ -200,8 +180,8 @@ def test_the_guard_skips_each_member_for_itself(recipes: SimpleNamespace, kernel
 
     got = vmap(step)(stacked(members), stacked(gradients))
     assert_close(got, stacked([step(p, g) for p, g in zip(members, gradients, strict=True)]))
-    assert_equal(optree.tree_map(lambda x: x[1], got[0]), members[1])
-    assert got[1].step.tolist() == [1.0, 0.0, 1.0]
+    assert_equal(optree.tree_map(lambda x: x[:3], got[0]), stacked(members[:3]))
+    assert got[1].step.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 @each_kernel
@@ -218,9 +198,7 @@ def test_loss_scaling_has_the_bits_of_grad_scaler(recipes: SimpleNamespace, kern
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, **options)
     torch_params = optree.tree_map(lambda p: p.clone().requires_grad_(), recipes.params)
     leaves = optree.tree_leaves(torch_params)
-    flags = TORCH_FLAGS[kernel]
-    optimizer = torch.optim.Adam(leaves, lr=0.1, weight_decay=0.1, **flags)
-
+    optimizer = torch.optim.Adam(leaves, lr=0.1, weight_decay=0.1, **TORCH_FLAGS[kernel])
     params, state = recipes.params, adam_init(recipes.params, hparams)
     current = recipes.LossScale(torch.tensor(2.0**10), torch.tensor(0, dtype=torch.int32))
     scales = []
@@ -265,22 +243,19 @@ def init_members(seeds: range, hparams: AdamHparams) -> list[Any]:
     return [(params := make_tree(10 * seed), adam_init(params, hparams)) for seed in seeds]
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("per_leaf_step", [False, True])
+@pytest.mark.parametrize(("amsgrad", "per_leaf_step"), [(False, False), (True, True)])
 def test_stacking_and_unstacking_are_inverse(recipes: SimpleNamespace, amsgrad: bool, per_leaf_step: bool) -> None:
     hparams = AdamHparams(amsgrad=amsgrad)
-    members = []
-    for seed in range(3):
-        params = make_tree(10 * seed)
-        state = adam_init(params, hparams, per_leaf_step=per_leaf_step)
-        members.append(adam_update(params, make_tree(seed), state, hparams))
+    trees = [make_tree(10 * seed) for seed in range(3)]
+    members = [adam_update(p, p, adam_init(p, hparams, per_leaf_step=per_leaf_step), hparams) for p in trees]
     ensemble = recipes.stack(members)
     back = recipes.unstack(ensemble)
     assert_equal(back, members)
     storages = [x.untyped_storage().data_ptr() for x in optree.tree_leaves((ensemble, back))]
     assert len({*storages}) == len(storages)
-    donated = adam_update(*back[0][:1], make_tree(7), back[0][1], hparams, donate=True)
-    assert_equal(donated, adam_update(*members[0][:1], make_tree(7), members[0][1], hparams))
+    (params, state), grads = back[0], make_tree(7)
+    donated = adam_update(params, grads, state, hparams, donate=True)
+    assert_equal(donated, adam_update(members[0][0], grads, members[0][1], hparams))
     assert_equal(recipes.unstack(ensemble)[1:], members[1:])
 
 
@@ -293,18 +268,17 @@ def test_a_member_made_and_moved_under_vmap_unstacks(recipes: SimpleNamespace) -
         assert_equal((member, state), adam_update(*alone, adam_init(alone[0], hparams), hparams))
 
 
-@each_kernel
-def test_a_member_that_is_masked_stands_still_and_goes_on_later(recipes: SimpleNamespace, kernel: str) -> None:
+def test_a_member_that_is_masked_stands_still_and_goes_on_later(recipes: SimpleNamespace) -> None:
     hparams = AdamHparams(lr=0.1)
     members = init_members(range(3), hparams)
     ensemble = recipes.stack(members)
     for t, mask in enumerate(([False, True, False], [True, True, False], [False, False, False])):
         gradients = [make_tree(100 * t + s) for s in (1, 2, 3)]
-        ensemble = vmap(lambda p, g, s, still: adam_update(p, g, s, hparams, kernel=kernel, found_inf=still))(
+        ensemble = vmap(lambda p, g, s, still: adam_update(p, g, s, hparams, found_inf=still))(
             ensemble[0], stacked(gradients), ensemble[1], torch.tensor(mask)
         )
         members = [
-            (params, state) if still else adam_update(params, grads, state, hparams, kernel=kernel)
+            (params, state) if still else adam_update(params, grads, state, hparams)
             for (params, state), grads, still in zip(members, gradients, mask, strict=True)
         ]
         assert_close(recipes.unstack(ensemble), members)
@@ -352,7 +326,7 @@ def whole_step(recipes: SimpleNamespace, **how: Any) -> Any:
     return step
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_all_recipes_in_one_step_are_compiled_once(recipes: SimpleNamespace) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     eager = whole_step(recipes)
@@ -369,7 +343,7 @@ def test_all_recipes_in_one_step_are_compiled_once(recipes: SimpleNamespace) -> 
     assert got[1].step == 4
 
 
-@pytest.mark.parametrize("kernel", ["auto", *KERNELS])
+@each_kernel
 def test_no_recipe_waits_for_an_accelerator(recipes: SimpleNamespace, kernel: str) -> None:
     step = whole_step(recipes, kernel=kernel)
     with FakeTensorMode(), CopyByOp():
