@@ -216,17 +216,19 @@ def test_a_leaf_without_gradient_is_copied_under_a_transform_too(watched: str) -
     params = {"a": torch.ones(3), "b": torch.full((3,), 2.0)}
     hparams = AdamHparams(lr=0.1)
 
-    def step(params: Any) -> Any:
-        state = adam_init(params, hparams, per_leaf_step=True)
+    def init(params: Any) -> AdamState:
+        return adam_init(params, hparams, per_leaf_step=True)
+
+    def step(params: Any, state: AdamState) -> Any:
         return adam_update(params, {"a": torch.ones(3), "b": None}, state, hparams)[0]
 
     def loss(params: Any) -> tuple[Tensor, Any]:
-        new = step(params)
+        new = step(params, init(params))
         return new["a"].sum() + new["b"].sum(), new
 
     if watched == "vmap":
         params = {name: torch.stack([x, x]) for name, x in params.items()}
-        new = torch.func.vmap(step)(params)
+        new = torch.func.vmap(step)(params, torch.func.vmap(init)(params))
     else:
         if watched == "grad":
             gradient, new = torch.func.grad(loss, has_aux=True)(params)
