@@ -6,13 +6,14 @@ An error is the package's own if a `raise` of the package made it. What an argum
 import ast
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optree
@@ -39,6 +40,7 @@ from functional_adam import (
     transformation,
 )
 from functional_adam.distributed import step_in_backward
+from tests.builders import snapshot
 from tests.oracles import KERNELS
 from tests.strategies import PROPERTY
 
@@ -174,17 +176,10 @@ def tensors_in(x: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from (y for value in x for y in tensors_in(value, seen))
 
 
-def snapshot(given: Any) -> list[tuple[Any, ...]]:
-    return [
-        (x, x._version, x.data_ptr(), x.shape, x.stride(), x.detach().clone().flatten().view(torch.uint8))
-        for x in tensors_in(given, set())
-    ]
-
-
-def is_unchanged(before: list[tuple[Any, ...]]) -> bool:
-    after = snapshot([x for x, *_ in before])
-    return len(after) == len(before) and all(
-        a[1:5] == b[1:5] and torch.equal(a[5], b[5]) for a, b in zip(after, before, strict=True)
+def is_unchanged(tensors: list[Tensor], before: list[tuple[Any, ...]]) -> bool:
+    return all(
+        now[:-1] == then[:-1] and torch.equal(now[-1], then[-1])
+        for now, then in zip(snapshot(tensors), before, strict=True)
     )
 
 
@@ -206,7 +201,8 @@ def is_own(error: BaseException) -> bool:
 
 def fault_of(call: Callable[[Arguments], Any], given: Arguments) -> str | None:
     """What is wrong with what `call` does to `given`, or None."""
-    before = snapshot(given)
+    tensors = [*tensors_in(given, set())]
+    before = snapshot(tensors)
     try:
         call(given)
     except JunkError:
@@ -216,60 +212,47 @@ def fault_of(call: Callable[[Arguments], Any], given: Arguments) -> str | None:
             return f"{type(error).__name__}: {str(error)[:200]}"
     else:
         return None  # what was donated may have changed
-    return None if is_unchanged(before) else "something has changed"
+    return None if is_unchanged(tensors, before) else "something has changed"
 
 
 def faults(good: Callable[[], Arguments], call: Callable[[Arguments], Any], slots: list[Slot]) -> list[str]:
     """The faults of `call` with each piece of junk in each of `slots`."""
     call(good())
-    found = [
-        (slot, name, fault_of(call, replaced(good(), slot, make()))) for slot in slots for name, make in JUNK.items()
-    ]
-    return [f"{slot} is {name}: {fault}" for slot, name, fault in found if fault]
+    given, found = good(), []
+    for slot, name in itertools.product(slots, JUNK):
+        done: list[Any] = []
+        fault = fault_of(lambda given, done=done: done.append(call(given)), replaced(given, slot, JUNK[name]()))
+        found += [f"{slot} is {name}: {fault}"] if fault else []
+        given = good() if done else given  # what was refused is unchanged
+    return found
 
 
 # adam_update.
 
+
+def slots(*names: str) -> list[Slot]:
+    """Written as the argument and the keys below it, with dots between."""
+    return [tuple(int(key) if key.isdigit() else key for key in name.split(".")) for name in names]
+
+
 OPTIONS = {"kernel": "auto", "donate": False, "grad_scale": None, "found_inf": None}
-STATE_SLOTS: list[Slot] = [
-    *(("state", name) for name in AdamState._fields),
-    *(("state", name, "w") for name in AdamState._fields),
-    *(("state", name, "b", 0) for name in ("step", "exp_avg")),
-]
-NUMBER_SLOTS: list[Slot] = [
-    slot
-    for name in ("lr", "beta1", "beta2", "eps", "weight_decay")
-    for slot in (("hparams", name), ("hparams", name, "w"))
-]
-UPDATE_SLOTS: list[Slot] = [
-    *((name,) for name in ("params", "grads", "state", "hparams", *OPTIONS)),
-    *((name, "w") for name in ("params", "grads")),
-    *((name, "b", 0) for name in ("params", "grads")),
-    *STATE_SLOTS,
-    *NUMBER_SLOTS,
-]
+TREE_SLOTS = slots("params", "grads", "params.w", "grads.w", "params.b.0", "grads.b.0")
+STATE_SLOTS = slots(
+    *(f"state.{name}{key}" for name in AdamState._fields for key in ("", ".w")), "state.step.b.0", "state.exp_avg.b.0"
+)
+NUMBER_SLOTS = slots(
+    *(f"hparams.{name}{key}" for name in ("lr", "beta1", "beta2", "eps", "weight_decay") for key in ("", ".w"))
+)
+UPDATE_SLOTS = [*slots("state", "hparams", *OPTIONS), *TREE_SLOTS, *STATE_SLOTS, *NUMBER_SLOTS]
+PLAIN_SLOTS = [slot for slot in UPDATE_SLOTS if len(slot) < 3 or slot in NUMBER_SLOTS]
 
 
-def update_arguments(**options: Any) -> Arguments:
-    hparams = AdamHparams(amsgrad=True)
-    params = {"w": torch.ones(2, dtype=torch.bfloat16), "b": [torch.ones(3)]}
-    state = adam_init(params, hparams, per_leaf_step=True, master_params=True)
+def update_arguments(*, is_plain: bool = False, **options: Any) -> Arguments:
+    hparams = AdamHparams(amsgrad=not is_plain)
+    params = {"w": torch.ones(2, dtype=torch.float32 if is_plain else torch.bfloat16), "b": [torch.ones(3)]}
+    state = adam_init(params, hparams, per_leaf_step=not is_plain, master_params=not is_plain)
     grads = {"w": torch.ones(2), "b": [torch.ones(3)]}
     return {"params": params, "grads": grads, "state": state, "hparams": hparams, **OPTIONS, **options}
-
-
-def plain_arguments(**options: Any) -> Arguments:
-    hparams = AdamHparams()
-    params = {"w": torch.ones(2), "b": [torch.ones(3)]}
-    grads = {"w": torch.ones(2), "b": [torch.ones(3)]}
-    return {
-        "params": params,
-        "grads": grads,
-        "state": adam_init(params, hparams),
-        "hparams": hparams,
-        **OPTIONS,
-        **options,
-    }
 
 
 def update(given: Arguments) -> Any:
@@ -277,14 +260,11 @@ def update(given: Arguments) -> Any:
     return adam_update(given["params"], given["grads"], given["state"], given["hparams"], **options)
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("arguments", [update_arguments, plain_arguments])
-def test_an_update_takes_junk_or_names_it(arguments: Callable[..., Arguments], kernel: str, donate: bool) -> None:
-    slots = (
-        UPDATE_SLOTS if arguments is update_arguments else [s for s in UPDATE_SLOTS if len(s) < 3 or s in NUMBER_SLOTS]
-    )
-    assert not faults(lambda: arguments(kernel=kernel, donate=donate), update, slots)
+@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize(("kernel", "donate"), [("single", True), ("foreach", False), ("fused", True)])
+def test_an_update_takes_junk_or_names_it(is_plain: bool, kernel: str, donate: bool) -> None:
+    good = functools.partial(update_arguments, is_plain=is_plain, kernel=kernel, donate=donate)
+    assert not faults(good, update, PLAIN_SLOTS if is_plain else UPDATE_SLOTS)
 
 
 @PROPERTY
@@ -304,36 +284,24 @@ def test_an_update_takes_several_pieces_of_junk_or_names_one(
     assert not fault, (junk, fault)
 
 
-@pytest.mark.parametrize("weight_decay", [1e39, 1e308])
-@pytest.mark.parametrize("lr", [1e38, 1e308])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_numbers_too_large_for_the_dtype_become_infinite(
-    kernel: str, decoupled: bool, lr: float, weight_decay: float
-) -> None:
-    hparams = AdamHparams(
-        lr={"w": 0.1, "b": lr}, weight_decay={"w": 0.1, "b": weight_decay}, decoupled_weight_decay=decoupled
-    )
-    params = {"w": torch.ones(2), "b": [torch.ones(3)]}
-    state = adam_init(params, hparams)
-    grads = {"w": torch.ones(2), "b": [torch.ones(3)]}
-    new, _ = adam_update(params, grads, state, hparams, kernel=kernel, donate=True)
-    assert new["w"].isfinite().all()
-    assert not new["b"][0].isfinite().any()
+def test_numbers_too_large_for_the_dtype_become_infinite(kernel: str, decoupled: bool) -> None:
+    for lr, weight_decay in itertools.product((1e38, 1e308), (1e39, 1e308)):
+        hparams = AdamHparams(
+            lr={"w": 0.1, "b": lr}, weight_decay={"w": 0.1, "b": weight_decay}, decoupled_weight_decay=decoupled
+        )
+        new, _ = update(update_arguments(is_plain=True, hparams=hparams, kernel=kernel, donate=True))
+        assert new["w"].isfinite().all()
+        assert not new["b"][0].isfinite().any()
 
 
 # The others.
 
 
 def init_arguments() -> Arguments:
-    params = {"w": torch.ones(2), "b": [torch.ones(3)]}
-    return {
-        "params": params,
-        "hparams": AdamHparams(),
-        "per_leaf_step": False,
-        "moment_dtype": None,
-        "master_params": False,
-    }
+    params, options = update_arguments(is_plain=True)["params"], {"moment_dtype": None, "master_params": False}
+    return {"params": params, "hparams": AdamHparams(), "per_leaf_step": False, **options}
 
 
 def init(given: Arguments) -> Any:
@@ -346,18 +314,16 @@ def flat_arguments() -> Arguments:
 
 
 def dict_arguments() -> Arguments:
-    given = update_arguments()
-    params = {"w": given["params"]["w"].float(), "b": given["params"]["b"]}
-    state = adam_init(params, given["hparams"])
-    rates = {"w": 0.1, "b": 0.2}
-    hparams = AdamHparams(amsgrad=True, lr=rates)
-    return {"params": params, "state_dict": to_torch_state_dict(params, state, hparams)}
+    hparams = AdamHparams(amsgrad=True, lr={"w": 0.1, "b": 0.2})
+    params = update_arguments(is_plain=True)["params"]
+    return {"params": params, "state_dict": to_torch_state_dict(params, adam_init(params, hparams), hparams)}
 
 
 FLAT_KEYS = ("format", "step['w']", "exp_avg['w']", "exp_avg_sq['b'][0]", "max_exp_avg_sq['w']", "master_params['w']")
 GROUP_KEYS = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+GROUP_KEYS = (*GROUP_KEYS, "param_names", "foreach")
 CALLS: dict[str, tuple[Callable[[], Arguments], Callable[[Arguments], Any], list[Slot]]] = {
-    "adam_init": (init_arguments, init, [*((name,) for name in init_arguments()), ("params", "w")]),
+    "adam_init": (init_arguments, init, slots(*init_arguments(), "params.w")),
     "explain": (
         update_arguments,
         lambda given: explain(*list(given.values())[:4], **{name: given[name] for name in OPTIONS}),
@@ -366,84 +332,68 @@ CALLS: dict[str, tuple[Callable[[], Arguments], Callable[[Arguments], Any], list
     "AdamHparams": (
         lambda: {"lr": 0.1, "betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.1, "amsgrad": True, "maximize": True},
         lambda given: AdamHparams(**given),
-        [("lr",), ("betas",), ("betas", 0), ("betas", 1), ("eps",), ("weight_decay",), ("amsgrad",), ("maximize",)],
+        slots("lr", "betas", "betas.0", "betas.1", "eps", "weight_decay", "amsgrad", "maximize"),
     ),
-    "state_to_dict": (update_arguments, lambda given: state_to_dict(given["state"]), [("state",), *STATE_SLOTS]),
+    "state_to_dict": (
+        update_arguments,
+        lambda given: state_to_dict(given["state"]),
+        [*slots("state"), *STATE_SLOTS],
+    ),
     "state_from_dict": (
         flat_arguments,
         lambda given: state_from_dict(**given),
-        [("flat",), ("params",), ("hparams",), ("params", "w"), *(("flat", key) for key in (*FLAT_KEYS, "more", 7))],
+        slots("flat", "params", "hparams", "params.w", *(f"flat.{key}" for key in (*FLAT_KEYS, "more", 7))),
     ),
     "to_torch_state_dict": (
         update_arguments,
         lambda given: to_torch_state_dict(given["params"], given["state"], given["hparams"]),
-        [("params",), ("state",), ("hparams",), ("params", "w"), *STATE_SLOTS, *NUMBER_SLOTS],
+        [*slots("params", "state", "hparams", "params.w"), *STATE_SLOTS, *NUMBER_SLOTS],
     ),
     "from_torch_state_dict": (
         dict_arguments,
         lambda given: from_torch_state_dict(**given),
-        [
-            ("params",),
-            ("params", "w"),
-            ("state_dict",),
-            ("state_dict", "state"),
-            ("state_dict", "param_groups"),
-            *(("state_dict", "state", key) for key in (0, 7, "more")),
-            *(("state_dict", "state", 0, key) for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "more")),
-            *(("state_dict", "param_groups", i) for i in (0, 1)),
-            *(
-                ("state_dict", "param_groups", i, key)
-                for i in (0, 1)
-                for key in (*GROUP_KEYS, "param_names", "foreach")
-            ),
-            *(("state_dict", "param_groups", 0, key, 0) for key in ("params", "betas")),
-        ],
+        slots(
+            *("params", "params.w", "state_dict", "state_dict.state", "state_dict.param_groups"),
+            *(f"state_dict.state.{key}" for key in (0, 7, "more")),
+            *(f"state_dict.state.0.{key}" for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "more")),
+            *(f"state_dict.param_groups.{i}" for i in (0, 1)),
+            *(f"state_dict.param_groups.{i}.{key}" for i in (0, 1) for key in GROUP_KEYS),
+            *(f"state_dict.param_groups.0.{key}.0" for key in ("params", "betas")),
+        ),
     ),
     "transformation.adam": (
         lambda: {"lr": 0.1, "betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.1, "amsgrad": True, "kernel": "auto"},
         lambda given: transformation.adam(**given),
-        [("lr",), ("betas",), ("eps",), ("weight_decay",), ("amsgrad",), ("kernel",)],
+        slots("lr", "betas", "eps", "weight_decay", "amsgrad", "kernel"),
     ),
     **{
         f"update of transformation.adam(weight_decay={decay}), inplace={inplace}": (
-            lambda inplace=inplace: {**plain_arguments(), "inplace": inplace},
+            functools.partial(update_arguments, is_plain=True, inplace=inplace),
             lambda given, decay=decay: transformation.adam(weight_decay=decay).update(
                 given["grads"], given["state"], given["params"], inplace=given["inplace"]
             ),
-            [
-                s
-                for s in (*UPDATE_SLOTS, ("inplace",))
-                if s[0] in ("grads", "state", "params", "inplace") and len(s) < 3
-            ],
+            slots("state", "inplace", *(".".join(slot) for slot in (*TREE_SLOTS[:4], *STATE_SLOTS) if len(slot) < 3)),
         )
         for decay in (0.0, 0.1)
         for inplace in (False, True)
     },
     **{
         f"transformation.apply_updates, inplace={inplace}": (
-            lambda inplace=inplace: {**plain_arguments(), "inplace": inplace},
+            functools.partial(update_arguments, is_plain=True, inplace=inplace),
             lambda given: transformation.apply_updates(given["params"], given["grads"], inplace=given["inplace"]),
-            [
-                ("params",),
-                ("grads",),
-                ("params", "w"),
-                ("grads", "w"),
-                ("params", "b", 0),
-                ("grads", "b", 0),
-                ("inplace",),
-            ],
+            [*TREE_SLOTS, *slots("inplace")],
         )
         for inplace in (False, True)
     },
     "recycling.set_cache_limit": (
         lambda: {"limit": None},
         lambda given: recycling.set_cache_limit(given["limit"]),
-        [("limit",)],
+        slots("limit"),
     ),
     "step_in_backward": (
         lambda: {"optimizer": _FunctionalAdam([torch.ones(2, requires_grad=True)])},
         lambda given: step_in_backward(given["optimizer"]),
-        [("optimizer",)],
+        slots("optimizer"),
     ),
 }
 
@@ -464,34 +414,27 @@ def test_a_function_takes_junk_or_names_it(name: str) -> None:
 
 
 def adapter_arguments() -> Arguments:
-    params = [torch.ones(2), torch.ones(3)]
+    params, grads = ([torch.ones(2), torch.ones(3)] for _ in range(2))
     optimizer = _FunctionalAdam(params, lr=0.1)
     optimizer.step([torch.ones(2), torch.ones(3)])
-    grads = [torch.ones(2), torch.ones(3)]
-    return {
-        "optimizer": optimizer,
-        "params": params,
-        "grads": grads,
-        "param": params[0],
-        "grad": grads[0],
-        "closure": None,
-    }
+    one = {"param": params[0], "grad": grads[0]}
+    return {"optimizer": optimizer, "params": params, "grads": grads, **one, "closure": None}
 
 
 @pytest.mark.parametrize(
-    ("call", "slots"),
+    ("call", "names"),
     [
-        (lambda x: x["optimizer"].step(x["grads"], closure=x["closure"]), [("grads",), ("grads", 0), ("grads", 1)]),
-        (lambda x: x["optimizer"].step_param(x["param"], x["grad"]), [("param",), ("grad",)]),
+        (lambda x: x["optimizer"].step(x["grads"], closure=x["closure"]), ("grads", "grads.0", "grads.1")),
+        (lambda x: x["optimizer"].step_param(x["param"], x["grad"]), ("param", "grad")),
         (
             lambda x: x["optimizer"].step_params(x["params"], x["grads"]),
-            [("params",), ("grads",), ("params", 1), ("grads", 1)],
+            ("params", "grads", "params.1", "grads.1"),
         ),
     ],
     ids=["step", "step_param", "step_params"],
 )
-def test_a_step_of_the_adapter_takes_junk_or_names_it(call: Callable[[Arguments], Any], slots: list[Slot]) -> None:
-    assert not faults(adapter_arguments, call, slots)
+def test_a_step_of_the_adapter_takes_junk_or_names_it(call: Callable[[Arguments], Any], names: tuple[str, ...]) -> None:
+    assert not faults(adapter_arguments, call, slots(*names))
 
 
 @pytest.mark.parametrize("name", ["lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"])
@@ -530,17 +473,22 @@ def loaded(kind: str, data: bytes) -> Any:
     return safetensors.torch.load(data) if kind == "safetensors" else torch.load(io.BytesIO(data), weights_only=True)
 
 
-def assert_refused_or_whole(flat: Any) -> None:
-    """Either an error of ours and nothing changed, or a state like the one that was saved, whatever its values."""
-    params, hparams, state = checkpoint()
-    given = {"flat": flat, "params": params, "hparams": hparams}
-    made: list[AdamState] = []
-    before = snapshot(given)
-    fault = fault_of(lambda given: made.append(state_from_dict(**given)), given)
+def made_by(call: Callable[..., Any], **given: Any) -> list[Any]:
+    """What `call` has made: one thing, or nothing, with an error of ours; what was given is as before."""
+    made: list[Any] = []
+    tensors = [*tensors_in(given, set())]
+    before = snapshot(tensors)
+    fault = fault_of(lambda given: made.append(call(**given)), given)
     assert not fault, fault
-    assert is_unchanged(before)
+    assert is_unchanged(tensors, before)
+    return made
+
+
+def assert_refused_or_whole(flat: Any) -> None:
+    """Either an error, or a state like the one that was saved, whatever its values."""
+    params, hparams, state = checkpoint()
     leaves, treespec = optree.tree_flatten(state)
-    for new in made:
+    for new in made_by(state_from_dict, flat=flat, params=params, hparams=hparams):
         new_leaves, new_treespec = optree.tree_flatten(new)
         assert new_treespec == treespec
         assert [x.shape for x in new_leaves] == [x.shape for x in leaves]
@@ -620,45 +568,31 @@ def test_another_format_is_refused(number: float) -> None:
         state_from_dict(flat, params, hparams)
 
 
-def torch_checkpoint(optimizer_class: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
+def torch_checkpoint(name: str, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Parameters, and the state dict of an optimizer of torch that has updated some like them."""
     leaves = [torch.ones(2, 3, requires_grad=True), torch.ones(5, requires_grad=True)]
-    optimizer = optimizer_class(leaves, **options)
+    optimizer = getattr(torch.optim, name)(leaves, **options)
     for leaf in leaves:
         leaf.grad = torch.ones_like(leaf)
     optimizer.step()
-    return optimizer.state_dict()
+    return {"w": torch.ones(2, 3), "x": torch.ones(5)}, optimizer.state_dict()
 
 
 # Not RAdam: it keeps just what Adam keeps, and torch does not tell them apart either.
-OTHERS: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.1},
-    "RMSprop": {},
-    "Adagrad": {},
-    "Adadelta": {},
-    "Adamax": {},
-    "NAdam": {},
-    "Rprop": {},
-    "ASGD": {},
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "Rprop", "ASGD"])
 def test_the_state_dict_of_another_optimizer_is_refused_and_unchanged(name: str) -> None:
-    params = {"w": torch.ones(2, 3), "x": torch.ones(5)}
-    state_dict = torch_checkpoint(getattr(torch.optim, name), **OTHERS[name])
-    before = snapshot((params, state_dict))
+    params, state_dict = torch_checkpoint(name)
+    assert made_by(from_torch_state_dict, params=params, state_dict=state_dict) == []
     with pytest.raises(ValueError, match=r"state_dict\['(state|param_groups)'\]\[0\] (has no|lacks|has the extra) '"):
         from_torch_state_dict(params, state_dict)
-    assert is_unchanged(before)
 
 
 @PROPERTY
 @given(data=st.data())
 def test_a_damaged_state_dict_is_refused_or_makes_a_whole_state(data: st.DataObject) -> None:
-    params = {"w": torch.ones(2, 3), "x": torch.ones(5)}
-    state_dict: Any = torch_checkpoint(torch.optim.Adam, amsgrad=True)
+    params, state_dict = torch_checkpoint("Adam", amsgrad=True)
     for _ in range(data.draw(st.integers(1, 3))):
-        node, path = state_dict, []
+        node, path = cast("Any", state_dict), []
         while isinstance(node, (dict, list)) and node and (not path or data.draw(st.integers(0, 4))):
             key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
             path.append((node, key))
@@ -677,12 +611,6 @@ def test_a_damaged_state_dict_is_refused_or_makes_a_whole_state(data: st.DataObj
                 node[7] = value
         elif isinstance(value, Tensor) or what in ("number", "None", "text"):
             node[key] = VALUES[what](value)
-    given = {"params": params, "state_dict": state_dict}
-    made: list[tuple[AdamState, AdamHparams]] = []
-    before = snapshot(given)
-    fault = fault_of(lambda given: made.append(from_torch_state_dict(**given)), given)
-    assert not fault, fault
-    assert is_unchanged(before)
-    for state, hparams in made:
+    for state, hparams in made_by(from_torch_state_dict, params=params, state_dict=state_dict):
         assert optree.tree_structure(state.exp_avg) == optree.tree_structure(params)
         adam_update(params, params, state, hparams)

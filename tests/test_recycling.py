@@ -13,26 +13,27 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.utils._pytree as torch_pytree
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update, recycling
+from functional_adam import AdamHparams, adam_update, recycling
 from functional_adam.recycling import cached_bytes, empty_cache, set_cache_limit
+from tests.builders import Call, assert_same_bits, clone, make_call, strided, tensors_of, transposed
 from tests.interruptions import Interruption, interrupt
 from tests.strategies import PROPERTY
 
 COUNT = 2**15 + 16  # of float32: a little more than what is recycled
-HPARAMS = AdamHparams(lr=0.1, weight_decay=0.1)
 TIMEOUT = 20.0  # seconds, where a fault would wait for ever
+
+# What is interrupted before each bytecode is the part of an update that takes memory, and nothing else of it.
+copies, CODE = recycling.copies, recycling.__file__
 
 
 @pytest.fixture(autouse=True)
@@ -44,67 +45,39 @@ def _empty_cache() -> Iterator[None]:
     empty_cache()
 
 
-class Run(NamedTuple):
-    """A training run: what one update needs."""
-
-    params: Any
-    grads: Any
-    state: AdamState
-    hparams: AdamHparams
-
-    def next(self, **options: Any) -> "Run":
-        return self._replace(**dict(zip(("params", "state"), adam_update(*self, **options), strict=True)))
-
-    @property
-    def large(self) -> list[Tensor]:
-        """The tensors that an update replaces, steps aside."""
-        return torch_pytree.tree_leaves((self.params, self.state[1:]))
+def make(shape: tuple[int, ...] = (COUNT,), *, leaves: int = 1, **options: Any) -> Call:
+    return make_call([shape] * leaves, **options)
 
 
-def randn(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def updated(run: Call, **options: Any) -> Call:
+    params, state = adam_update(*run, **options)
+    return run._replace(params=params, state=state)
 
 
-def make(
-    shape: tuple[int, ...] = (COUNT,),
-    *,
-    leaves: int = 1,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    hparams: AdamHparams = HPARAMS,
-    layout: Callable[[Tensor], Tensor] = Tensor.clone,
-) -> Run:
-    params = [layout(randn(shape, seed + i, dtype)) for i in range(leaves)]
-    grads = [layout(randn(shape, seed + i + 100, dtype)) for i in range(leaves)]
-    return Run(params, grads, adam_init(params, hparams), hparams)
-
-
-def pointers(run: Run) -> list[int]:
-    return [x.data_ptr() for x in run.large]
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
-
-
-def assert_same_bits(got: Any, expected: Any) -> None:
-    a, b = ([x for x in torch_pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (got, expected))
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(as_bytes(x), as_bytes(y))
-
-
-def train(run: Run, updates: int) -> Run:
+def train(run: Call, updates: int) -> Call:
     for _ in range(updates):
-        run = run.next()
+        run = updated(run)
     return run
 
 
-def train_without_recycling(run: Run, updates: int) -> Run:
+def train_without_recycling(run: Call, updates: int) -> Call:
     set_cache_limit(0)
     run = train(run, updates)
     set_cache_limit(None)
     return run
+
+
+def large(run: Call) -> list[Tensor]:
+    """The tensors that an update replaces, steps aside."""
+    return tensors_of((run.params, run.state[1:]))
+
+
+def pointers(run: Call) -> list[int]:
+    return [x.data_ptr() for x in large(run)]
+
+
+def param_of(run: Call) -> Tensor:
+    return run.params["leaf0"]
 
 
 # Memory comes back.
@@ -113,13 +86,13 @@ def train_without_recycling(run: Run, updates: int) -> Run:
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("leaves", [1, 3])
 def test_each_update_writes_to_the_memory_of_the_last_but_one(leaves: int, amsgrad: bool) -> None:
-    run = make(leaves=leaves, hparams=AdamHparams(lr=0.1, amsgrad=amsgrad)).next()
-    generation = sum(x.nbytes for x in run.large)
-    assert len(run.large) == leaves * (4 if amsgrad else 3)
-    run, before = run.next(), pointers(run)
+    run = updated(make(leaves=leaves, hparams=AdamHparams(lr=0.1, amsgrad=amsgrad)))
+    generation = sum(x.nbytes for x in large(run))
+    assert len(large(run)) == leaves * (4 if amsgrad else 3)
+    run, before = updated(run), pointers(run)
     for _ in range(5):
         assert cached_bytes() == generation
-        run, before, last_but_one = run.next(), pointers(run), before
+        run, before, last_but_one = updated(run), pointers(run), before
         assert sorted(pointers(run)) == sorted(last_but_one)
     assert cached_bytes() == generation
 
@@ -127,30 +100,15 @@ def test_each_update_writes_to_the_memory_of_the_last_but_one(leaves: int, amsgr
 def test_what_is_kept_costs_fresh_memory() -> None:
     runs = [make()]
     for _ in range(5):
-        runs.append(runs[-1].next())
+        runs.append(updated(runs[-1]))
         assert cached_bytes() == 0
     every = [pointer for run in runs for pointer in pointers(run)]
     assert len(set(every)) == len(every)
 
 
-def test_a_weak_reference_does_not_hold_memory() -> None:
-    run = make().next()
-    pointer, weak = run.params[0].data_ptr(), weakref.ref(run.params[0])
-    run = run.next()
-    assert weak() is None
-    assert pointer in pointers(run.next())
-
-
-@pytest.mark.parametrize("updates", [1, 7])
-def test_results_are_the_same_with_and_without_recycling(updates: int) -> None:
-    run = make(leaves=2)
-    expected = train_without_recycling(run, updates)
-    got = train(run, updates)
-    assert_same_bits(got, expected)
-
-
 # Memory that is held does not come back.
 
+WEIGHT = torch.ones(COUNT, requires_grad=True)
 HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "itself": (lambda x: x, lambda x: x),
     "view": (lambda x: x.view(-1, 4), lambda x: x.view(-1)),
@@ -169,6 +127,7 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "data_of_another": (lambda x: torch.nn.Parameter(torch.zeros(1)).data.set_(x), lambda x: x),
     "other_dtype": (lambda x: x.view(torch.int32), lambda x: x.view(torch.float32)),
     "parameter": (lambda x: torch.nn.Parameter(x), lambda x: x),
+    "saved_graph": (lambda x: (x * WEIGHT).sum(), lambda loss: torch.autograd.grad(loss, WEIGHT)[0]),
     "cycle": (lambda x: (cycle := [x]).append(cycle) or cycle, lambda cycle: cycle[0]),
 }
 COPIES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
@@ -179,53 +138,28 @@ COPIES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", [*HOLDERS, *COPIES])
-def test_memory_that_is_held_keeps_its_values(name: str) -> None:
+def test_memory_keeps_its_values_while_it_is_held_and_comes_back_afterwards(name: str) -> None:
     hold, read = {**HOLDERS, **COPIES}[name]
     run = train(make(), 3)
-    expected, pointer = run.params[0].clone(), run.params[0].data_ptr()
-    held = hold(run.params[0])
+    expected, pointer = param_of(run).clone(), param_of(run).data_ptr()
+    held = hold(param_of(run))
     for _ in range(6):
-        run = run.next()
+        run = updated(run)
         assert name in COPIES or pointer not in pointers(run)
-    gc.collect()
-    run = train(run, 3)
     assert torch.equal(read(held), expected)
-
-
-@pytest.mark.parametrize("name", HOLDERS)
-def test_memory_comes_back_when_its_last_holder_is_gone(name: str) -> None:
-    run = train(make(), 3)
-    pointer = run.params[0].data_ptr()
-    held = HOLDERS[name][0](run.params[0])
-    run = train(run, 3)
-    assert pointer not in pointers(run)
-    del held
-    gc.collect()
-    run = run.next()
-    assert pointer in pointers(run) + pointers(run.next())
-
-
-def test_a_saved_graph_keeps_old_results() -> None:
-    run = train(make(), 3)
-    weight = randn((COUNT,), 7).requires_grad_()
-    expected, pointer = run.params[0].clone(), run.params[0].data_ptr()
-    loss = (run.params[0] * weight).sum()
-    for _ in range(6):
-        run = run.next()
-        assert pointer not in pointers(run)
-    loss.backward()
-    assert torch.equal(weight.grad, expected)
+    if name in HOLDERS:
+        del held
+        gc.collect()
+        run = updated(run)
+        assert pointer in pointers(run) + pointers(updated(run))
 
 
 def test_a_differentiated_update_keeps_what_its_backward_reads() -> None:
-    def meta_gradient(run: Run) -> Tensor:
+    def meta_gradient(run: Call) -> Tensor:
         lr = torch.tensor(0.1, requires_grad=True)
-        run = run._replace(hparams=AdamHparams(lr=lr))
-        for _ in range(4):
-            run = run.next()
+        run = train(run._replace(hparams=AdamHparams(lr=lr)), 4)
         train(make(seed=5), 4)  # others write meanwhile
-        (run.params[0] ** 2).sum().backward()
-        return lr.grad
+        return torch.autograd.grad((param_of(run) ** 2).sum(), lr)[0]
 
     start = train(make(), 2)
     set_cache_limit(0)
@@ -249,35 +183,37 @@ ACTIONS = ("update", "update", "update", "donate", "keep", "drop", "view", "muta
 programs = st.lists(st.builds(Step, st.sampled_from(ACTIONS), st.integers(0, 20)), min_size=4, max_size=16)
 
 
+START, OTHER = make(leaves=2), make((2, COUNT // 2), seed=50)
+
+
 def execute(program: list[Step]) -> list[list[Tensor]]:
     """All values that the program can see, after each of its lines."""
-    run, other = make(leaves=2), make((2, COUNT // 2), seed=50)
-    weight = torch.ones(COUNT, requires_grad=True)
+    run, other = clone(START), clone(OTHER)
     kept: list[Tensor] = []
     graphs: list[Tensor] = []
     seen: list[list[Tensor]] = []
     for action, place in program:
         if action == "update":
-            run = run.next()
+            run = updated(run)
         elif action == "donate":
             # What is kept may be the donated memory: it then changes, as without recycling.
-            run = run.next(donate=True)
+            run = updated(run, donate=True)
         elif action == "keep":
-            kept.append(run.large[place % len(run.large)])
+            kept.append(large(run)[place % len(large(run))])
         elif action == "view":
-            kept.append(run.large[place % len(run.large)][place : COUNT // 2].detach())
+            kept.append(large(run)[place % len(large(run))][place : COUNT // 2].detach())
         elif action == "drop" and kept:
             del kept[place % len(kept)]
         elif action == "mutate" and kept:
             kept[place % len(kept)].add_(1)
         elif action == "mutate_current":
-            run.large[place % len(run.large)].mul_(0.5)
+            large(run)[place % len(large(run))].mul_(0.5)
         elif action == "graph":
-            graphs.append((run.params[0].clone() * weight).sum() if place % 2 else (run.params[0].abs() * weight).sum())
+            graphs.append((param_of(run).clone() * WEIGHT).sum() if place % 2 else (param_of(run).abs() * WEIGHT).sum())
         elif action == "other":
-            other = other.next()
-        seen.append([x.clone() for x in (*run.large, *other.large, *kept)])
-    return [*seen, *([torch.autograd.grad(graph, weight)[0]] for graph in graphs)]
+            other = updated(other)
+        seen.append([x.clone() for x in (*large(run), *large(other), *kept)])
+    return [*seen, *([torch.autograd.grad(graph, WEIGHT)[0]] for graph in graphs)]
 
 
 @PROPERTY
@@ -297,37 +233,35 @@ def test_no_program_can_notice(program: list[Step]) -> None:
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "contiguous": ((4, 8, 33, 33), Tensor.clone),
     "channels_last": ((4, 8, 33, 33), lambda x: x.contiguous(memory_format=torch.channels_last)),
-    "transposed": ((129, 257), lambda x: x.mT.contiguous().mT),
-    "strided": ((129, 257), lambda x: torch.stack([x, x], -1)[..., 0]),
+    "transposed": ((129, 257), transposed),
+    "strided": ((129, 257), strided),
     "size_one": ((1, 129, 1, 257), lambda x: x.as_strided(x.shape, (7, 257, 3, 1))),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_results_look_freshly_allocated(layout: str, dtype: torch.dtype, amsgrad: bool) -> None:
+def test_results_look_freshly_allocated(layout: str, dtype: torch.dtype) -> None:
     shape, arrange = LAYOUTS[layout]
     shape = (2 * shape[0], *shape[1:]) if dtype.itemsize == 2 else shape
-    start = make(shape, dtype=dtype, hparams=AdamHparams(lr=0.1, amsgrad=amsgrad), layout=arrange)
+    start = make(shape, dtype=dtype, hparams=AdamHparams(lr=0.1, amsgrad=True), layout=arrange)
     expected = train_without_recycling(start, 4)
     run = train(start, 4)
     assert cached_bytes() > 0
     assert_same_bits(run, expected)
-    for got, old in zip(run.large, expected.large, strict=True):
+    for got, old in zip(large(run), large(expected), strict=True):
         assert got.stride() == old.stride()
-        assert got.dtype == old.dtype
         assert not got._is_view()
         assert got.storage_offset() == 0
-        assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
+        assert got.untyped_storage().nbytes() == got.nbytes
         assert got.data_ptr() % 64 == 0
         assert got.is_leaf
         assert not got.requires_grad
-    assert len({x.untyped_storage().data_ptr() for x in run.large}) == len(run.large)
+    assert len({x.untyped_storage().data_ptr() for x in large(run)}) == len(large(run))
 
 
 def test_results_can_be_trained_mutated_and_saved() -> None:
-    param = train(make(), 4).params[0]
+    param = param_of(train(make(), 4))
     file = io.BytesIO()
     torch.save(param, file)
     assert file.tell() < param.nbytes + 4096
@@ -346,8 +280,8 @@ def test_results_under_inference_mode_are_inference_tensors() -> None:
     expected = train_without_recycling(start, 4)
     with torch.inference_mode():
         run = train(start, 4)
-        assert all(x.is_inference() for x in run.large)
-    assert_same_bits([x.clone() for x in run.large], expected.large)
+        assert all(x.is_inference() for x in large(run))
+    assert_same_bits([x.clone() for x in large(run)], large(expected))
 
 
 # Threads and processes.
@@ -356,25 +290,22 @@ def test_results_under_inference_mode_are_inference_tensors() -> None:
 def test_threads_do_not_disturb_each_other() -> None:
     updates, count = 40, 4
     starts = [make(seed=10 * i) for i in range(count)]
-    expected = [[train_without_recycling(start, n).params[0] for n in range(1, updates + 1)] for start in starts]
+    expected = [[param_of(train_without_recycling(start, n + 1)) for n in range(updates)] for start in starts]
     given_away: list[list[Tensor]] = [[] for _ in range(count)]
     faults: list[str] = []
     barrier = threading.Barrier(count)
 
     def work(place: int) -> None:
-        try:
-            barrier.wait(TIMEOUT)
-            run = starts[place]
-            for update in range(updates):
-                run = run.next()
-                if not torch.equal(run.params[0], expected[place][update]):
-                    faults.append(f"run {place} is wrong after update {update}")
-                # The neighbour drops what it gets, as may happen in any thread.
-                given_away[(place + 1) % count].append(run.state.exp_avg[0])
-                if update % 3 == 0:
-                    given_away[place].clear()
-        except Exception as error:
-            faults.append(repr(error))
+        barrier.wait(TIMEOUT)
+        run = starts[place]
+        for update in range(updates):
+            run = updated(run)
+            if not torch.equal(param_of(run), expected[place][update]):
+                faults.append(f"run {place} is wrong after update {update}")
+            # The neighbour drops what it gets, as may happen in any thread.
+            given_away[(place + 1) % count].append(run.state.exp_avg["leaf0"])
+            if update % 3 == 0:
+                given_away[place].clear()
 
     threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(count)]
     for thread in threads:
@@ -414,45 +345,41 @@ ignore_fork_warning = pytest.mark.filterwarnings("ignore:This process.*is multi-
 @ignore_fork_warning
 def test_parent_and_forked_child_do_not_disturb_each_other() -> None:
     run = train(make(), 4)
-    before = [x.clone() for x in run.large]
-    expected = [x.clone() for x in train(run, 6).large]
+    before = [x.clone() for x in large(run)]
+    expected = [x.clone() for x in large(train(run, 6))]
+    kept = cached_bytes()
 
     def work() -> bool:
+        # Else the parent would copy the pages that it writes, for a child that may have no use for them.
+        begins_empty = cached_bytes() == 0
         child = train(run, 5)
         last = pointers(child)
-        child = child.next()
-        is_right = all(map(torch.equal, child.large, expected))
-        is_recycled = sorted(pointers(child.next())) == sorted(last)
-        for x in (*run.large, *child.large):
+        child = updated(child)
+        is_right = all(map(torch.equal, large(child), expected))
+        is_recycled = sorted(pointers(updated(child))) == sorted(last)
+        for x in (*large(run), *large(child)):
             x.fill_(float("nan"))
         del child
         empty_cache()
-        return is_right and is_recycled and cached_bytes() == 0
+        return begins_empty and is_right and is_recycled and cached_bytes() == 0
 
     run_in_fork(work)
-    assert_same_bits(run.large, before)
-    assert_same_bits(train(run, 6).large, expected)
-
-
-class Updates(torch.utils.data.Dataset[Tensor]):
-    """Parameters after one update more than the place says."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, place: int) -> Tensor:
-        return train(self.run, place + 1).params[0]
+    assert cached_bytes() == kept > 0
+    assert_same_bits(large(run), before)
+    assert_same_bits(large(train(run, 6)), expected)
 
 
 @ignore_fork_warning
 def test_results_leave_a_forked_worker_whole() -> None:
     run = train(make(), 3)
-    expected = [train(run, n).params[0].clone() for n in (1, 2, 3)]
-    loader = torch.utils.data.DataLoader(
-        Updates(run), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=TIMEOUT
+    expected = [param_of(train(run, n)).clone() for n in (1, 2, 3)]
+    loader: Any = torch.utils.data.DataLoader(
+        [1, 2, 3],
+        batch_size=None,
+        collate_fn=lambda n: param_of(train(run, n)),
+        num_workers=1,
+        multiprocessing_context="fork",
+        timeout=TIMEOUT,
     )
     got = []
     for x in loader:
@@ -468,8 +395,8 @@ def drop_generations(count: int = 6) -> int:
     """Keep many results and drop them at once; how many bytes one update writes."""
     runs = [make(leaves=2)]
     for _ in range(count):
-        runs.append(runs[-1].next())
-    return sum(x.nbytes for x in runs[-1].large)
+        runs.append(updated(runs[-1]))
+    return sum(x.nbytes for x in large(runs[-1]))
 
 
 def test_by_default_at_most_twice_the_largest_update_is_kept() -> None:
@@ -482,48 +409,45 @@ def test_by_default_at_most_twice_the_largest_update_is_kept() -> None:
 @pytest.mark.parametrize("generations", [0, 0.5, 1, 3])
 def test_at_most_the_limit_is_kept(generations: float) -> None:
     generation = drop_generations()
+    limit = int(generations * generation)
+    set_cache_limit(limit)
+    assert cached_bytes() == min(limit, 2 * generation)  # at once
     empty_cache()
-    set_cache_limit(int(generations * generation))
     drop_generations()
-    assert cached_bytes() == int(generations * generation)
-
-
-def test_a_lower_limit_is_kept_at_once_and_none_restores_the_default() -> None:
-    generation = drop_generations()
-    set_cache_limit(generation)
-    assert cached_bytes() == generation
-    set_cache_limit(0)
-    assert cached_bytes() == 0
+    assert cached_bytes() == limit
     set_cache_limit(None)
     drop_generations()
     assert cached_bytes() == 2 * generation
 
 
+def test_the_size_that_was_not_used_for_longest_goes_first() -> None:
+    first, second, third = (torch.zeros(COUNT + 1024 * i) for i in range(3))
+    set_cache_limit(3 * first.nbytes)
+    for x in (first, second, first, third):
+        copies([x])
+    assert cached_bytes() == first.nbytes + third.nbytes
+
+
 def test_sizes_that_are_no_longer_used_give_way() -> None:
     train(make(), 4)
     small = train(make((COUNT + 16,)), 4)
-    generation = sum(x.nbytes for x in small.large)
-    for _ in range(4):
-        small = train(small, 4)
+    generation = sum(x.nbytes for x in large(small))
+    small = train(small, 16)
     assert cached_bytes() >= generation
     before = pointers(small)
-    small = small.next()
+    small = updated(small)
     assert not set(before) & set(pointers(small))
-    assert set(before) == set(pointers(small.next()))
+    assert set(before) == set(pointers(updated(small)))
 
 
-def test_results_from_before_a_limit_of_zero_are_not_kept() -> None:
+def test_without_recycling_results_are_not_kept_and_can_be_resized() -> None:
     run = train(make(), 3)
     set_cache_limit(0)
     del run
     assert cached_bytes() == 0
-
-
-def test_without_recycling_results_can_be_resized() -> None:
-    set_cache_limit(0)
-    run = make().next()
+    run = updated(make())
     assert cached_bytes() == 0
-    assert run.params[0].resize_(2 * COUNT).shape == (2 * COUNT,)
+    assert param_of(run).resize_(2 * COUNT).shape == (2 * COUNT,)
 
 
 def test_a_negative_limit_is_refused() -> None:
@@ -533,24 +457,24 @@ def test_a_negative_limit_is_refused() -> None:
 
 def test_empty_cache_gives_all_back_and_results_stay() -> None:
     run = train(make(), 4)
-    before = [x.clone() for x in run.large]
+    before = [x.clone() for x in large(run)]
     assert cached_bytes() > 0
     empty_cache()
     assert cached_bytes() == 0
-    assert_same_bits(run.large, before)
+    assert_same_bits(large(run), before)
     assert_same_bits(train(run, 3), train_without_recycling(run, 3))
 
 
 # Interrupts.
 
 
-def survives_signals(handle: Callable[[], None], signals: int = 2000) -> bool:
+def survives_signals(handle: Callable[[], None], signals: int = 1000) -> bool:
     """Update while `handle` is called `signals` times, at random moments; whether the cache is right in the end."""
     generator, received, is_open = random.Random(0), 0, False
     large = [torch.zeros(COUNT + 16 * i) for i in (0, 1, 0, 2)]
 
     # What traces or counts this process has locks of its own, which no interrupt is to leave held.
-    own_files = {recycling.__file__, __file__, weakref.__file__}
+    own_files = {CODE, __file__, weakref.__file__}
 
     def receive(_: int, frame: Any) -> None:
         nonlocal received, is_open
@@ -566,7 +490,7 @@ def survives_signals(handle: Callable[[], None], signals: int = 2000) -> bool:
             is_open = True
             signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-6, 5e-4))
             for _ in range(4):
-                recycling.copies(large)
+                copies(large)
             is_open = False
         except KeyboardInterrupt:
             pass
@@ -576,14 +500,14 @@ def survives_signals(handle: Callable[[], None], signals: int = 2000) -> bool:
 
 def is_right(large: list[Tensor]) -> bool:
     """Whether blocks are lent once, are bounded and counted, come back, and can be given back to the system."""
-    first, second = recycling.copies(large), recycling.copies(large)
+    first, second = copies(large), copies(large)
     pointers = {x.data_ptr() for x in first + second}
     values = [x.fill_(i) for i, x in enumerate(first + second)]
     are_apart = len(pointers) == 2 * len(large) and all((x == i).all() for i, x in enumerate(values))
     del first, second, values
     generation = sum(x.nbytes for x in large)
     is_counted = cached_bytes() == 2 * generation
-    again = recycling.copies(large)
+    again = copies(large)
     is_recycled = {x.data_ptr() for x in again} <= pointers and cached_bytes() == generation
     empty_cache()
     return are_apart and is_counted and is_recycled and cached_bytes() == 0
@@ -592,15 +516,11 @@ def is_right(large: list[Tensor]) -> bool:
 @ignore_fork_warning
 @pytest.mark.parametrize(
     "handle",
-    [interrupt, empty_cache, lambda: set_cache_limit(None), lambda: recycling.copies([torch.zeros(COUNT)])],
+    [interrupt, empty_cache, lambda: set_cache_limit(None), lambda: copies([torch.zeros(COUNT)])],
     ids=["raise", "empty_cache", "set_cache_limit", "update"],
 )
 def test_signal_handlers_may_raise_and_use_the_cache_at_any_moment(handle: Callable[[], None]) -> None:
     run_in_fork(lambda: survives_signals(handle), time_limit=6 * TIMEOUT)
-
-
-def is_of_the_cache(code: CodeType) -> bool:
-    return code.co_filename == recycling.__file__
 
 
 def survives_before_any_bytecode(action: str) -> bool:
@@ -609,18 +529,18 @@ def survives_before_any_bytecode(action: str) -> bool:
     large, trace, place, is_over = [torch.zeros(COUNT), torch.zeros(COUNT + 16)], sys.gettrace(), 0, True
     while is_over:
         empty_cache()
-        others, held = [recycling.copies(large)], recycling.copies(large)
+        others, held = [copies(large)], copies(large)
         actions = {
             "raise": interrupt,
             "empty_cache": empty_cache,
             "drop": others.clear,
-            "update": lambda: recycling.copies(large),
+            "update": lambda: copies(large),
         }
-        interruption = Interruption(place, actions[action], is_of_the_cache)
+        interruption = Interruption(place, actions[action], lambda code: code.co_filename == CODE)
         try:
             sys.settrace(interruption)
-            held = recycling.copies(large)
-            held = recycling.copies(large)
+            held = copies(large)
+            held = copies(large)
             set_cache_limit(large[0].nbytes)
         except KeyboardInterrupt:
             pass
@@ -645,14 +565,14 @@ class Cycle:
 
     collected = 0
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Call) -> None:
         self.run, self.itself = run, self
 
     def __del__(self) -> None:
         Cycle.collected += 1
-        held = self.run.next()
+        held = updated(self.run)
         gc.collect()
-        assert held.large
+        assert large(held)
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
@@ -665,7 +585,7 @@ def test_garbage_may_be_collected_in_the_middle_of_an_update() -> None:
         gc.set_threshold(1)
         for _ in range(8):
             Cycle(run)
-            run = run.next()
+            run = updated(run)
     finally:
         gc.set_threshold(*threshold)
     assert Cycle.collected > 0
@@ -675,120 +595,69 @@ def test_garbage_may_be_collected_in_the_middle_of_an_update() -> None:
 # Where it stays out of the way.
 
 
-@pytest.fixture
-def no_lending(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("memory was lent")
-
-    monkeypatch.setattr(recycling._cache, "lend", refuse)
-
-
 class Subclass(Tensor):
     """A tensor with a meaning of its own."""
 
 
-@pytest.mark.usefixtures("no_lending")
-def test_large_leaves_are_lent_memory() -> None:
-    with pytest.raises(AssertionError, match="memory was lent"):
-        make().next()
-
-
-@pytest.mark.usefixtures("no_lending")
-@pytest.mark.parametrize("leaves", [1, 300])
-def test_small_leaves_are_not_recycled(leaves: int) -> None:
-    train(make((100,), leaves=leaves), 2)
-    assert cached_bytes() == 0
-
-
-@pytest.mark.usefixtures("no_lending")
-def test_tensor_subclasses_are_not_recycled() -> None:
-    run = train(make(layout=lambda x: x.as_subclass(Subclass)), 2)
-    assert type(run.state.exp_avg[0]) is Subclass
-
-
-@pytest.mark.usefixtures("no_lending")
-def test_fake_tensors_are_not_recycled() -> None:
+def in_fake_mode() -> Tensor:
     with FakeTensorMode():
-        run = make()
-        run = run._replace(state=run.state._replace(step=torch.zeros(())))
-        assert train(run, 2).params[0].shape == (COUNT,)
+        return param_of(train(make(), 2))
 
 
-@pytest.mark.usefixtures("no_lending")
-def test_meta_tensors_are_not_recycled() -> None:
-    run = make(layout=lambda x: x.to("meta"))
-    assert train(run, 2).params[0].is_meta
+def of_plain_tensor_in_fake_mode() -> Tensor:
+    plain = torch.zeros(COUNT)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return copies([plain])[0]
 
 
-@pytest.mark.usefixtures("no_lending")
-def test_nothing_is_recycled_under_a_compiler() -> None:
+def compiled() -> Tensor:
+    return torch.compile(adam_update, backend="eager", fullgraph=True)(*make())[0]["leaf0"]
+
+
+def traced(mode: str) -> Tensor:
     run = make()
-    compiled = torch.compile(adam_update, backend="eager", fullgraph=True)
-    assert compiled(*run)[0][0].shape == (COUNT,)
+    graph = make_fx(lambda *trees: adam_update(*trees, run.hparams), tracing_mode=mode)(*run[:3])
+    return graph(*run[:3])[0]["leaf0"]
 
 
-@pytest.mark.usefixtures("no_lending")
-@pytest.mark.parametrize("mode", ["real", "fake"])
-def test_nothing_is_recycled_under_a_tracer(mode: str) -> None:
-    run = make()
-    graph = make_fx(lambda *trees: adam_update(*trees, HPARAMS), tracing_mode=mode)(*run[:3])
-    assert graph(*run[:3])[0][0].shape == (COUNT,)
+ELSEWHERE: dict[str, tuple[Callable[[], Tensor], type[Tensor]]] = {
+    "small": (lambda: param_of(train(make((100,)), 2)), Tensor),
+    "many_small": (lambda: param_of(train(make((100,), leaves=300), 2)), Tensor),
+    "subclass": (lambda: param_of(train(make(layout=lambda x: x.as_subclass(Subclass)), 2)), Subclass),
+    "meta": (lambda: param_of(train(make(layout=lambda x: x.to("meta")), 2)), Tensor),
+    "fake": (in_fake_mode, FakeTensor),
+    "plain_in_fake_mode": (of_plain_tensor_in_fake_mode, FakeTensor),
+    "compiled": (compiled, Tensor),
+    "traced_real": (lambda: traced("real"), Tensor),
+    "traced_fake": (lambda: traced("fake"), Tensor),
+}
 
 
-def test_a_child_of_a_fork_begins_with_an_empty_cache():
-    run = make()
-    for _ in range(3):
-        run = run.next()
-    kept = cached_bytes()
-    assert kept > 0
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(write, str(cached_bytes()).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(write)
-    assert os.read(read, 64) == b"0"
-    os.close(read)
-    assert cached_bytes() == kept
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_memory_of_its_own_is_for_large_plain_results_alone(name: str) -> None:
+    update, kind = ELSEWHERE[name]
+    assert type(update()) is kind
+    gc.collect()
+    assert cached_bytes() == 0
+    updated(make())
+    assert cached_bytes() > 0
 
 
-def test_a_system_without_forks_recycles_too(monkeypatch: pytest.MonkeyPatch):
+def test_a_system_without_forks_and_a_torch_without_the_list_operation_recycle_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(os, "register_at_fork")
-    spec = importlib.util.find_spec("functional_adam.recycling")
+    monkeypatch.delattr(torch, "_foreach_clone")
+    spec = importlib.util.find_spec(recycling.__name__)
     assert spec is not None
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    large = torch.zeros(COUNT)
-    (copied,) = again.copies([large])
-    assert torch.equal(copied, large)
+    tensors = [torch.rand(COUNT), torch.rand(3)]
+    copied = again.copies(tensors)
+    assert_same_bits(copied, tensors)
+    assert_same_bits(again.copies(tensors[1:], are_small=True), tensors[1:])
     assert again.cached_bytes() == 0
     del copied
-    assert again.cached_bytes() == large.nbytes
-
-
-def test_plain_tensors_in_fake_mode_are_left_to_it():
-    large = torch.zeros(2 * COUNT)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        (copied,) = recycling.copies([large])
-        assert isinstance(copied, FakeTensor)
-
-
-def test_without_the_list_operation_small_leaves_are_copied_one_by_one(monkeypatch: pytest.MonkeyPatch):
-    run = make((3,), leaves=2)
-    expected = run.next().next()
-    monkeypatch.setattr(recycling, "_foreach_clone", None)
-    got = run.next().next()
-    for ours, theirs in zip(got.large, expected.large, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_the_size_that_was_not_used_for_longest_goes_first():
-    set_cache_limit(3 * 2**20)
-    oldest, middle, newest = (2**20 + 4096 * i for i in range(3))
-    for nbytes in (oldest, middle, newest):
-        view, _ = recycling._cache.lend(nbytes)
-        del view
-    assert [nbytes for nbytes, blocks in recycling._cache._spare.items() if blocks] == [middle, newest]
-    assert cached_bytes() == middle + newest
+    assert again.cached_bytes() == tensors[0].nbytes
