@@ -77,7 +77,8 @@ def negative(x: Tensor) -> Tensor:
 
 def as_bytes(x: Tensor) -> Tensor:
     """The values as bytes, so that NaN and the sign of 0 compare too."""
-    return x.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    dense = x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return dense.view(-1).view(torch.uint8)
 
 
 def assert_same_bits(got: Any, expected: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as torch_pytree
-from functional_adam.adam.planning import run_kernel
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily

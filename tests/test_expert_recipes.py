@@ -7,9 +7,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import functional_adam.adam.hparams
-import functional_adam.adam.planning
-import functional_adam.call.dispatch
 import numpy as np
 import optree
 import pytest

@@ -8,7 +8,6 @@ from typing import Any
 import optree
 import pytest
 import torch
-from functional_adam.adam.planning import Plan, group_leaves
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -9,7 +9,6 @@ from typing import Any
 import optree
 import pytest
 import torch
-from functional_adam.adam.planning import run_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -31,7 +31,7 @@ from functional_adam import (
     state_to_dict,
     to_torch_state_dict,
 )
-from tests.builders import KERNELS_AND_AUTO, assert_same_bits, clone, tensors_of
+from tests.builders import KERNELS_AND_AUTO, assert_same_bits, assert_unchanged, clone, snapshot, tensors_of
 from tests.oracles import numpy_adam
 from tests.soak import grown, soak
 from tests.strategies import IS_LONG, PROPERTY, in_layout, layouts, random_tensor, seeds
@@ -86,18 +86,6 @@ class Leaf(NamedTuple):
     def next(self, grad: Tensor, numbers: Numbers, grad_scale: float | None = None) -> "Leaf":
         new = numpy_adam(self.param, grad, *self[1:], **numbers, grad_scale=grad_scale)
         return Leaf(*(None if x is None else torch.from_numpy(x) for x in new[:4]), step=new.step)
-
-
-def snapshot(tensors: Sequence[Tensor]) -> list[tuple[int, int, Tensor]]:
-    """Unlike that of the builders also of tensors with gaps and without elements, which gradients may be here."""
-    bits = [x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for x in tensors]
-    return [(x._version, x.data_ptr(), value) for x, value in zip(tensors, bits, strict=True)]
-
-
-def assert_unchanged(tensors: Sequence[Tensor], before: Sequence[tuple[int, int, Tensor]]) -> None:
-    for (*now, bits), (*then, old_bits) in zip(snapshot(tensors), before, strict=True):
-        assert now == then
-        assert torch.equal(bits, old_bits)
 
 
 def described(tree: Any) -> list[tuple[Any, ...]]:

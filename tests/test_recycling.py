@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import importlib.util
 import io
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from functional_adam import AdamHparams, adam_update, recycling
+from functional_adam import AdamHparams, adam_update
 from functional_adam.recycling import cached_bytes, empty_cache, set_cache_limit
 from tests.builders import Call, assert_same_bits, clone, make_call, strided, tensors_of, transposed
 from tests.interruptions import Interruption, interrupt
@@ -33,7 +34,8 @@ COUNT = 2**15 + 16  # of float32: a little more than what is recycled
 TIMEOUT = 20.0  # seconds, where a fault would wait for ever
 
 # What is interrupted before each bytecode is the part of an update that takes memory, and nothing else of it.
-copies, CODE = recycling.copies, recycling.__file__
+RECYCLING: Any = importlib.import_module("functional_adam.tensors.recycling")
+copies, CODE = RECYCLING.copies, RECYCLING.__file__
 
 
 @pytest.fixture(autouse=True)
@@ -649,7 +651,7 @@ def test_a_system_without_forks_and_a_torch_without_the_list_operation_recycle_t
 ) -> None:
     monkeypatch.delattr(os, "register_at_fork")
     monkeypatch.delattr(torch, "_foreach_clone")
-    spec = importlib.util.find_spec(recycling.__name__)
+    spec = importlib.util.find_spec(RECYCLING.__name__)
     assert spec is not None
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)

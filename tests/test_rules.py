@@ -361,13 +361,14 @@ def test_what_was_written_to_before_the_backward_pass_is_noticed(name: str) -> N
 
 def test_a_number_is_let_go_with_the_graph() -> None:
     at = make_point((3,), amsgrad=False)
-    lr = at.lr.clone()
+    lr = at.lr.clone().requires_grad_()
     number = weakref.ref(lr)
     [leaf] = tracked(at.params)
     outputs = updated(at._replace(lr=lr))
     del lr
     assert number() is not None
     torch.autograd.grad(outputs[0].sum(), leaf)
+    del outputs
     assert number() is None
 
 

@@ -1,6 +1,7 @@
 """What is remembered about the tensors of an update changes no result and no error, and keeps nothing alive."""
 
 import gc
+import importlib
 import sys
 import threading
 import weakref
@@ -13,11 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from functional_adam import AdamHparams, adam_update, traits
+from functional_adam import AdamHparams, adam_update
 from tests.builders import Call, as_bytes, make_call, negative, strided, tensors_of
 
 SHAPES = ((3, 3), (5,), (2, 4))
 TIMEOUT = 60.0  # seconds, where a fault would wait for ever
+
+
+facts: Any = importlib.import_module("functional_adam.call.facts")
+plan: Any = importlib.import_module("functional_adam.call.plan")
 
 
 class Memory:
@@ -25,21 +30,21 @@ class Memory:
 
     @staticmethod
     def clear() -> None:
-        traits._known = ()
+        plan._plans.clear()
 
     @staticmethod
     def entries() -> tuple[Any, ...]:
         """One for each list of tensors that was looked at one by one."""
-        return traits._known
+        return plan._plans._known
 
     @staticmethod
     def find_guards() -> Any:
-        return traits._find_guards()
+        return facts._find_guards()
 
     @staticmethod
     def switch_off(monkeypatch: pytest.MonkeyPatch) -> None:
         """As where torch has no guards."""
-        monkeypatch.setattr(traits, "_guards", None)
+        monkeypatch.setattr(facts, "_guards", None)
 
 
 @pytest.fixture(autouse=True)
