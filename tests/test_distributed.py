@@ -317,22 +317,16 @@ def test_wrapped_and_sharded_adapters_are_torch_optim_there(workers: Workers, wr
 # RPC.
 
 
-class Server:
-    """The second half of a model, which lives on its owner."""
+def make_half() -> nn.Sequential:
+    return make_model()[2:]
 
-    def __init__(self) -> None:
-        self.half = make_model()[2:]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.half(x)
+def params_of(half: Any) -> tuple[list[Any], list[Tensor]]:
+    """On the owner of `half`: references to its parameters, and their values."""
+    from torch.distributed import rpc
 
-    def params(self) -> list[Any]:
-        from torch.distributed import rpc
-
-        return [rpc.RRef(param) for param in self.half.parameters()]
-
-    def values(self) -> list[Tensor]:
-        return values(self.half.parameters())
+    params = list(half.local_value().parameters())
+    return [rpc.RRef(param) for param in params], values(params)
 
 
 def train_by_rpc() -> dict[tuple[str, str], list[Tensor]]:
@@ -347,15 +341,17 @@ def train_by_rpc() -> dict[tuple[str, str], list[Tensor]]:
         for change in (unregister, register):
             change()
             half = make_model()[:2]
-            server = rpc.remote("worker1", Server)
-            rrefs = [*map(rpc.RRef, half.parameters()), *server.rpc_sync().params()]
+            other = rpc.remote("worker1", make_half)
+            others_params, _ = rpc.rpc_sync("worker1", params_of, (other,))
+            rrefs = [*map(rpc.RRef, half.parameters()), *others_params]
             optimizer = distributed_optimizer(ADAPTERS[name], rrefs, **OPTIONS)
             for step in range(STEPS):
                 with autograd.context() as context:
-                    loss = loss_of(lambda x, server=server, half=half: server.rpc_sync().forward(half(x)), step, 0)
+                    loss = loss_of(lambda x, half=half, other=other: other.rpc_sync().forward(half(x)), step, 0)
                     autograd.backward(context, [loss])
                     optimizer.step(context)
-            results[name, change.__name__] = values(half.parameters()) + server.rpc_sync().values()
+            _, others_values = rpc.rpc_sync("worker1", params_of, (other,))
+            results[name, change.__name__] = values(half.parameters()) + others_values
     rpc.shutdown()
     unregister()
     return results

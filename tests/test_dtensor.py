@@ -409,39 +409,36 @@ def test_training_with_fully_shard_is_that_of_torch_optim_bit_for_bit(workers: W
 # Checkpoints.
 
 
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+CRASHES: dict[
+    str, tuple[tuple[str, int, int], Any, str]
+] = {  # moment and rank from which on a method kills its process
+    "training": (("training", 4, 1), nn.Module, "named_parameters"),
+    "writing shards": (("saving", 5, 1), dcp.FileSystemWriter, "write_data"),
+    "writing metadata": (("saving", 5, 0), dcp.FileSystemWriter, "finish"),
+    "renaming": (("saving", 5, 0), os, "replace"),
+}
+
+
 def train_with_checkpoints(folder: Path, stop: int, save_at: tuple[int, ...], crash: str | None = None) -> Any:
-    model = shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),)))
-    return train(model, "single", stop=stop, folder=folder, save_at=save_at, before=crash_when(crash))
-
-
-def crash_when(crash: str | None) -> Callable[[str, int], None]:
-    """Kills this process before the update of step 4, or in the second save, where it is about to do `crash`."""
-
-    def die(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def before(what: str, step: int) -> None:
-        rank = dist.get_rank()
-        if (what, step, crash, rank) == ("training", 4, "training", 1):
-            die()
-        if (what, step) == ("saving", 5):
-            if crash == "writing shards" and rank == 1:
-                dcp.FileSystemWriter.write_data = die
-            if crash == "writing metadata" and rank == 0:
-                dcp.FileSystemWriter.finish = die
-            if crash == "renaming" and rank == 0:
-                os.replace = die
+        if crash is not None:
+            moment, owner, name = CRASHES[crash]
+            if moment == (what, step, dist.get_rank()):
+                setattr(owner, name, die)
 
-    return before
+    model = shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),)))
+    return train(model, "single", stop=stop, folder=folder, save_at=save_at, before=before)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_checkpoint_of_two_processes_continues_on_others(workers: Workers, plain: Any, tmp_path: Path, count: int):
     for losses, *_ in workers.run(2, train_with_checkpoints, tmp_path, 4, (2, 4)):
         assert losses == {step: plain[0][step] for step in range(4)}
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "step-00000004"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000004"
     for losses, params, state in workers.run(count, train_with_checkpoints, tmp_path, STEPS, ()):
         assert list(losses) == [4, 5, 6, 7]
         if count == 3:  # a third of a sum of three rounds
@@ -451,16 +448,14 @@ def test_checkpoint_of_two_processes_continues_on_others(workers: Workers, plain
             assert_equal((params, state), plain[1:])
 
 
-@pytest.mark.parametrize("crash", ["training", "writing shards", "writing metadata", "renaming"])
+@pytest.mark.parametrize("crash", CRASHES)
 def test_a_killed_run_loses_only_what_followed_the_last_complete_checkpoint(
     workers: Workers, plain: Any, tmp_path: Path, crash: str
 ):
     # Of their own: with a killed process goes its record of the lines that it has run.
     with Workers() as doomed, pytest.raises(WorkerDiedError, match="died with exit code -9"):
         doomed.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6), crash)
-    found = latest_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "step-00000003"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
     assert (tmp_path / "unfinished-step-00000006").exists() == (crash != "training")
     for losses, params, state in workers.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6)):
         assert losses == {step: plain[0][step] for step in range(3, STEPS)}
