@@ -1,12 +1,12 @@
 """Every example in docstrings, the README and docs/ runs, every command and link is right, every name has its entry."""
 
-import ast
 import doctest
 import importlib
 import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,45 +72,27 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 
 def flags_of(script: Path) -> set[str]:
     """The options that `script` gives to argparse."""
-    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
-    names = [a.value for c in calls if ast.unparse(c.func).endswith(".add_argument") for a in c.args if is_text(a)]
-    return {"--help", "-h", *(name for name in names if name.startswith("-"))}
-
-
-def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return {"--help", "-h", *re.findall(r'\.add_argument\(\s*"(-[\w-]+)"', script.read_text())}
 
 
 def check_command(words: list[str]) -> None:
-    """What is run exists, and accepts the options."""
+    """What is run exists, and accepts the options; extras to be installed exist."""
     program, *arguments = words
     if program != "python":
         assert program in TOOLS or (ROOT / program).is_file(), words
-        return
-    if arguments[0] == "-c":
+    elif arguments[0] == "-c":
         exec(arguments[1], {})
-        return
-    if arguments[0] == "-m":
-        module, arguments = arguments[1], arguments[2:]
-        if module in FOREIGN_MODULES:
-            check_extras(arguments)
-            return
-        path = ROOT / module.replace(".", "/")
-        script = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    elif arguments[0] == "-m" and arguments[1] in FOREIGN_MODULES:
+        for extras in re.findall(r"\.\[(.*)\]", " ".join(arguments)):
+            assert set(extras.split(",")) <= EXTRAS, words
     else:
-        script, arguments = ROOT / arguments[0], arguments[1:]
-    assert script.is_file(), words
-    options = {word.partition("=")[0] for word in arguments if word.startswith("-")}
-    assert options <= flags_of(script), words
-
-
-def check_extras(arguments: list[str]) -> None:
-    # Read as text: tomllib is not there in Python 3.10.
-    table = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
-    extras = set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE))
-    for word in arguments:
-        wanted = re.fullmatch(r"\.\[(.*)\]", word)
-        assert wanted is None or set(wanted.group(1).split(",")) <= extras, word
+        script = ROOT / arguments[0]
+        if arguments[0] == "-m":
+            path = ROOT / arguments[1].replace(".", "/")
+            script = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert script.is_file(), words
+        options = {word.partition("=")[0] for word in arguments if word.startswith("-") and word != "-m"}
+        assert options <= flags_of(script), words
 
 
 def anchors_of(page: Path) -> set[str]:

@@ -4,7 +4,6 @@ import re
 from importlib import metadata, resources
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -14,7 +13,6 @@ from tests import typed_client
 ROOT = Path(__file__).parent.parent
 METADATA = metadata.metadata("functional_adam")
 REQUIREMENTS = [Requirement(text) for text in METADATA.get_all("Requires-Dist", [])]
-EXTRAS = set(METADATA.get_all("Provides-Extra", []))
 
 
 def read(name: str) -> str:
@@ -39,13 +37,6 @@ def test_the_changelog_begins_with_this_version_or_what_is_unreleased():
 
 def test_only_torch_and_optree_are_required():
     assert {requirement.name for requirement in REQUIREMENTS if requirement.marker is None} == {"torch", "optree"}
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_commands_name_extras_that_exist(page: str):
-    named = {name for group in re.findall(r"pip install[^\n]*\.\[([\w,]+)\]", read(page)) for name in group.split(",")}
-    assert named
-    assert named <= EXTRAS
 
 
 def test_the_lowest_python_is_one_number():

@@ -3,7 +3,10 @@
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import optree
@@ -21,6 +24,8 @@ from functional_adam import (
     state_from_dict,
     state_to_dict,
 )
+from tests.builders import assert_same_bits, assert_unchanged, snapshot
+from tests.strategies import random_tensor
 
 TIMEOUT = 120.0  # seconds, where a fault would wait for ever
 THREADS = 4
@@ -40,38 +45,24 @@ def _eager_switches() -> Iterator[None]:
 
 def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of `calls`, each in a thread of its own, all begun at once."""
-    results: list[Any] = [None] * len(calls)
-    errors: list[BaseException] = []
+    results: list[Future[Any]] = [Future() for _ in calls]
     barrier = threading.Barrier(len(calls), timeout=TIMEOUT)
 
-    def run(place: int) -> None:
+    def run(call: Callable[[], Any], result: Future[Any]) -> None:
         try:
             barrier.wait()
-            results[place] = calls[place]()
+            result.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(TIMEOUT)
-    assert not any(thread.is_alive() for thread in threads)
-    if errors:
-        raise errors[0]
-    return results
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for pair in zip(calls, results, strict=True):
+        threading.Thread(target=run, args=pair, daemon=True).start()
+    return [result.result(TIMEOUT) for result in results]
 
 
 def tree(seed: int, *, size: int = 3) -> dict[str, Any]:
-    return {"w": randn(size, 4, seed=seed), "b": [randn(size, seed=seed + 1), randn(seed=seed + 2)]}
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    return all(itertools.starmap(torch.equal, zip(*map(optree.tree_leaves, (a, b)), strict=True)))
+    w, b, c = (random_tensor(shape, torch.float32, seed + i) for i, shape in enumerate([(size, 4), (size,), ()]))
+    return {"w": w, "b": [b, c]}
 
 
 # Programs: each gives the same result for the same seed.
@@ -83,18 +74,6 @@ def pure(seed: int, *, size: int = 3, count: int = 40, **options: Any) -> Any:
     for i in range(count):
         params, state = adam_update(params, tree(seed + i, size=size), state, HPARAMS, **options)
     return params, state
-
-
-def donated(seed: int) -> Any:
-    return pure(seed, donate=True)
-
-
-def by_single(seed: int) -> Any:
-    return pure(seed, kernel="single")
-
-
-def large(seed: int) -> Any:
-    return pure(seed, size=2**15 + 1, count=8)
 
 
 def of_many_shapes(seed: int) -> Any:
@@ -156,37 +135,50 @@ def saved(seed: int) -> Any:
     return params, state
 
 
-PROGRAMS = (pure, donated, by_single, large, of_many_shapes, skipped, refused, stacked, derived, by_adapter, saved)
+large = partial(pure, size=2**15 + 1, count=8)
+PROGRAMS: dict[str, Callable[[int], Any]] = {
+    "pure": pure,
+    "donated": partial(pure, donate=True),
+    "by single": partial(pure, kernel="single"),
+    "large": large,
+    **{
+        program.__name__: program for program in (of_many_shapes, skipped, refused, stacked, derived, by_adapter, saved)
+    },
+}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_threads_of_one_kind_compute_what_they_compute_in_turn(program: Callable[[int], Any]) -> None:
-    expected = [program(seed) for seed in range(THREADS)]
-    found = together([lambda seed=seed: program(seed) for seed in range(THREADS)])
-    assert all(map(same_bits, found, expected))
+    calls = [partial(program, seed) for seed in range(THREADS)]
+    expected = [call() for call in calls]
+    assert_same_bits(together(calls), expected)
 
 
-def test_threads_of_all_kinds_compute_what_they_compute_in_turn() -> None:
-    expected = [program(7) for program in PROGRAMS]
-    found = together([lambda program=program: program(7) for program in PROGRAMS])
-    assert all(map(same_bits, found, expected))
+@pytest.mark.parametrize(
+    ("names", "context"),
+    [(PROGRAMS, nullcontext), (("pure", "by single", "large", "skipped", "stacked"), forward_ad.dual_level)],
+    ids=["all", "while this one is in forward mode"],
+)
+def test_threads_of_several_kinds_compute_what_they_compute_in_turn(names: Iterable[str], context: Any) -> None:
+    calls = [partial(PROGRAMS[name], 7) for name in names]
+    expected = [call() for call in calls]
+    with context():
+        assert_same_bits(together(calls), expected)
 
 
 @pytest.mark.parametrize("size", [3, 2**15 + 1])
 def test_threads_may_share_what_they_do_not_donate(size: int) -> None:
     params, grads = tree(1, size=size), tree(2, size=size)
     state = adam_init(params, HPARAMS)
-    given = optree.tree_leaves((params, grads, state))
-    versions, values = [x._version for x in given], [x.clone() for x in given]
-    expected = adam_update(params, grads, state, HPARAMS)
+    before = snapshot((params, grads, state))
+    expected = [adam_update(params, grads, state, HPARAMS)] * 10
 
     def program() -> Any:
         return [adam_update(params, grads, state, HPARAMS) for _ in range(10)]
 
     for found in together([program] * THREADS):
-        assert all(same_bits(new, expected) for new in found)
-    assert [x._version for x in given] == versions
-    assert same_bits(given, values)
+        assert_same_bits(found, expected)
+    assert_unchanged((params, grads, state), before)
 
 
 def test_threads_may_differentiate_shared_tensors() -> None:
@@ -197,17 +189,9 @@ def test_threads_may_differentiate_shared_tensors() -> None:
         new, _ = adam_update(params, grads, state, HPARAMS)
         return torch.autograd.grad(new["w"].square().sum(), params["w"])
 
-    expected = program()
+    expected = [program()] * 5
     for found in together([lambda: [program() for _ in range(5)]] * THREADS):
-        assert all(same_bits(slope, expected) for slope in found)
-
-
-def test_a_thread_in_forward_mode_changes_nothing_that_others_compute() -> None:
-    programs = (pure, by_single, large, skipped, stacked)
-    expected = [program(3) for program in programs]
-    with forward_ad.dual_level():
-        found = together([lambda program=program: program(3) for program in programs])
-    assert all(map(same_bits, found, expected))
+        assert_same_bits(found, expected)
 
 
 def test_of_threads_that_donate_one_state_in_turn_only_one_is_served() -> None:
@@ -227,7 +211,7 @@ def test_of_threads_that_donate_one_state_in_turn_only_one_is_served() -> None:
 
 
 def test_the_cache_may_be_limited_and_emptied_while_others_update() -> None:
-    expected = [large(seed) for seed in range(2)]
+    expected = [large(seed) for seed in range(2)] * 3
     is_done = threading.Event()
 
     def meddle() -> None:
@@ -239,12 +223,12 @@ def test_the_cache_may_be_limited_and_emptied_while_others_update() -> None:
 
     def updates() -> Any:
         try:
-            return [[large(seed) for seed in range(2)] for _ in range(3)]
+            return [large(seed) for _ in range(3) for seed in range(2)]
         finally:
             is_done.set()
 
     *found, _ = together([updates, updates, meddle])
-    assert all(same_bits(results, expected) for each in found for results in each)
+    assert_same_bits(found, [expected] * 2)
     recycling.set_cache_limit(None)
     recycling.empty_cache()
     assert recycling.cached_bytes() == 0

@@ -26,14 +26,7 @@ from tests.benchmarks import imports, members, memory, noise, scaling, steps, tr
 from tests.benchmarks.measure import CURVE_ROUNDS, Bench
 from tests.benchmarks.tables import tables
 
-SUITES = {
-    "imports": imports,
-    "steps": steps,
-    "transforms": transforms,
-    "members": members,
-    "scaling": scaling,
-    "memory": memory,
-}
+SUITES = {suite.__name__.rpartition(".")[2]: suite for suite in (imports, steps, transforms, members, scaling, memory)}
 LOG_WIDTH = 110  # columns where no terminal says how many there are
 
 
@@ -62,15 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     names = ["all", *SUITES]
     parser.add_argument("suites", nargs="*", choices=names, default="all", metavar="suite", help=", ".join(names))
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=31,
-        help=f"pairs for each comparison (default: 31); curves take at most {CURVE_ROUNDS}",
-    )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu, which targets are for)"
-    )
+    rounds = f"pairs for each comparison (default: 31); curves take at most {CURVE_ROUNDS}"
+    parser.add_argument("--rounds", type=positive, default=31, help=rounds)
+    device = "(default: cpu, which targets are for)"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=device)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the curves of `scaling` into DIR/scaling.svg")
     arguments = parser.parse_args()

@@ -137,7 +137,8 @@ class Bench:
         progress = Progress(console=self.console, auto_refresh=False, transient=True, disable=is_log)
         with progress, _without_collector():
             for index in progress.track(range(rounds), description=escape(case)):
-                for side in _turns(len(codes), index):
+                for i in range(len(codes)):
+                    side = (index + i) % len(codes)  # another begins in each round, so two alternate
                     times[side].append(self._milliseconds(*contenders[side]))
                 gc.collect()
         return times
@@ -175,11 +176,6 @@ def _without_collector() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-def _turns(count: int, index: int) -> Iterator[int]:
-    """Who runs after whom in round `index`: another begins each time, so two alternate."""
-    return ((index + i) % count for i in range(count))
 
 
 def chained(update: Callable[[Any, Any], tuple[Any, Any]], params: Any, state: Any) -> Callable[[], Any]:

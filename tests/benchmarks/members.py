@@ -6,8 +6,7 @@ chooses from, for numbers other than the learning rate and for steps: each
 member in the list of a kernel, or the stacked leaves with numbers beside them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,13 +52,9 @@ def mapped(kind: str, members: int, elements: int, device: torch.device) -> tupl
         return adam_update(params, grads, state, AdamHparams(**numbers))
 
     axes = {name: None if isinstance(x, float) else 0 for name, x in numbers.items()}
-    arguments = params, grads, state, numbers
-
-    def code(update: Callable[..., Any]) -> Code:
-        vmapped = vmap(update, in_dims=(0, 0, 0, axes))
-        return lambda: vmapped(*arguments)
-
-    return code(ours), code(by_hand)
+    sides = (vmap(update, in_dims=(0, 0, 0, axes)) for update in (ours, by_hand))
+    ours_mapped, hand_mapped = (partial(side, params, grads, state, numbers) for side in sides)
+    return ours_mapped, hand_mapped
 
 
 def by_hand(params: Params, grads: Params, state: AdamState, numbers: dict[str, Any]) -> tuple[Params, AdamState]:
@@ -84,16 +79,10 @@ def within(code: Code, small: int) -> Code:
     """`code` with another bound below which members are stacked."""
 
     def run() -> object:
-        with bound(small):
+        before, batching.SMALL_MEMBER = batching.SMALL_MEMBER, small
+        try:
             return code()
+        finally:
+            batching.SMALL_MEMBER = before
 
     return run
-
-
-@contextmanager
-def bound(small: int) -> Iterator[None]:
-    before, batching.SMALL_MEMBER = batching.SMALL_MEMBER, small
-    try:
-        yield
-    finally:
-        batching.SMALL_MEMBER = before

@@ -35,15 +35,8 @@ def run(bench: Bench) -> None:
     for leaves, elements in TREES.items():
         values: dict[str, float] = {}
         for name in (*NAMES, *BACKWARD):
-            command = [
-                sys.executable,
-                "-m",
-                "tests.benchmarks.memory",
-                name,
-                str(leaves),
-                str(elements),
-                str(bench.device),
-            ]
+            arguments = (name, str(leaves), str(elements), str(bench.device))
+            command = [sys.executable, "-m", "tests.benchmarks.memory", *arguments]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 values[name] = int(done.stdout) / 2**20

@@ -13,7 +13,7 @@ import torch
 
 from tests.benchmarks.measure import Bench, Code, MissingPeerError
 from tests.benchmarks.peers import CONTENDERS, load_jax, make_tree, optax_step
-from tests.benchmarks.transforms import MetaProblem, make_members, member_steps, ours, sgd, torchopt
+from tests.benchmarks.transforms import OURS, SGD, MetaProblem, make_members, member_steps, torchopt
 
 SMALL_LEAF = 64
 LEAVES = (10, 30, 100, 300, 1_000, 3_000, 10_000)
@@ -69,7 +69,7 @@ def unrolled(device: torch.device) -> Iterator[Point]:
     for steps in UNROLLED:
         problem = MetaProblem(UNROLLED_WIDTH, steps, device)
         codes: dict[str, Code] = {}
-        for name, inner in (("pure", ours), ("TorchOpt", torchopt), ("SGD", sgd)):
+        for name, inner in (("pure", lambda: OURS), ("TorchOpt", torchopt), ("SGD", lambda: SGD)):
             add(codes, name, lambda problem=problem, inner=inner: problem.timed(inner()))
         yield steps, 0, codes
 

@@ -22,17 +22,14 @@ TREES = {  # leaves and elements of each
     "10,000 x 64": (10_000, 64),
 }
 
+LARGE = ("1 x 25 M", "150 x 166,667")
 CASES: tuple[tuple[str, str, str, float | None], ...] = (  # tree, ours, other, target
-    ("1 x 25 M", "donated", "torch fused", 1.05),
-    ("1 x 25 M", "donated", "optax donated", 0.9),
-    ("1 x 25 M", "pure", "raw fused", 2.5),
+    *((tree, "donated", "torch fused", 1.05) for tree in LARGE),
+    *((tree, "donated", "optax donated", 0.9) for tree in LARGE),
+    *((tree, "pure", "raw fused", 2.5) for tree in LARGE),
+    *((tree, "pure", "torch default", 1.0) for tree in LARGE),
     ("1 x 25 M", "pure", "optax", 0.6),
-    ("1 x 25 M", "pure", "torch default", 1.0),
-    ("150 x 166,667", "donated", "torch fused", 1.05),
-    ("150 x 166,667", "donated", "optax donated", 0.9),
-    ("150 x 166,667", "pure", "raw fused", 2.5),
     ("150 x 166,667", "pure", "optax", 1.0),
-    ("150 x 166,667", "pure", "torch default", 1.0),
     ("150 x 166,667", "pure", "torch foreach", None),
     ("150 x 64", "donated", "torch fused", 0.6),
     ("150 x 64", "pure", "torch fused", 1.0),

@@ -20,7 +20,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import mse_loss
 from torch.testing import assert_close
 
-from functional_adam import AdamHparams, AdamState, adam_init, adam_update
+from functional_adam import AdamHparams, adam_init, adam_update
 from tests.benchmarks.measure import Bench, Code, MissingPeerError, Target, chained
 from tests.benchmarks.peers import HPARAMS, LR, Params, adam_step, torchopt_adam
 
@@ -65,12 +65,6 @@ def member_steps(params: Params, grads: Params) -> dict[str, Code]:
     mapped = vmap(lambda p, g, s: adam_update(p, g, s, HPARAMS))
     mapped_lrs = vmap(lambda p, g, s, lr: adam_update(p, g, s, AdamHparams(lr=lr)))
 
-    def update_mapped(params: Params, state: AdamState) -> tuple[Params, AdamState]:
-        return mapped(params, grads, state)
-
-    def update_mapped_lrs(params: Params, state: AdamState) -> tuple[Params, AdamState]:
-        return mapped_lrs(params, grads, state, lrs)
-
     optimizers, leaves = torch_members(params, grads)
 
     def step_each() -> None:
@@ -79,12 +73,12 @@ def member_steps(params: Params, grads: Params) -> dict[str, Code]:
 
     direct = adam_step(params, grads, donate=False)
     expected = direct()
-    assert_close(update_mapped(params, member_states)[0], expected)
+    assert_close(mapped(params, grads, member_states)[0], expected)
     step_each()
     assert_close({name: torch.stack(rows) for name, rows in leaves.items()}, expected)
     return {
-        "vmap": chained(update_mapped, params, member_states),
-        "vmap, own lr": chained(update_mapped_lrs, params, member_states),
+        "vmap": chained(lambda p, s: mapped(p, grads, s), params, member_states),
+        "vmap, own lr": chained(lambda p, s: mapped_lrs(p, grads, s, lrs), params, member_states),
         "direct": direct,
         "torch loop": step_each,
     }
@@ -110,19 +104,14 @@ class Inner(NamedTuple):
     update: Callable[[Params, Params, Any], tuple[Params, Any]]  # params, grads, state
 
 
-def ours() -> Inner:
-    return Inner(
-        lambda params: adam_init(params, HPARAMS),
-        lambda params, grads, state: adam_update(params, grads, state, HPARAMS),
-    )
-
-
-def sgd() -> Inner:
-    """The floor: what every inner optimizer pays for the network and its gradients."""
-    return Inner(
-        lambda _: None,
-        lambda params, grads, _: ({name: param - LR * grads[name] for name, param in params.items()}, None),
-    )
+OURS = Inner(
+    lambda params: adam_init(params, HPARAMS),
+    lambda params, grads, state: adam_update(params, grads, state, HPARAMS),
+)
+SGD = Inner(  # the floor: what every inner optimizer pays for the network and its gradients
+    lambda _: None,
+    lambda params, grads, _: ({name: param - LR * grads[name] for name, param in params.items()}, None),
+)
 
 
 def torchopt() -> Inner:
@@ -158,19 +147,18 @@ class MetaProblem:
 
 def compare_meta_gradients(bench: Bench, width: int, steps: int) -> None:
     problem = MetaProblem(width, steps, bench.device)
-    inner_steps = f"{steps} steps, width {width}"
-    adam, floor = ours(), sgd()
+    remark = f"{steps} steps, width {width}"
     saved = partial(saved_bytes, problem)
     try:
         rival = torchopt()
     except MissingPeerError as missing:
-        bench.skip(f"meta / TorchOpt, {inner_steps}", missing)
+        bench.skip(f"meta / TorchOpt, {remark}", missing)
     else:
-        check_same_direction(problem.meta_gradient(adam), problem.meta_gradient(rival))
-        bench.time(f"meta / TorchOpt, {inner_steps}", problem.timed(adam), problem.timed(rival), Target(0.7))
-        bench.count_bytes(f"saved / TorchOpt, {inner_steps}", saved(adam), saved(rival), Target(0.85))
-    bench.time(f"meta / SGD, {inner_steps}", problem.timed(adam), problem.timed(floor))
-    bench.count_bytes(f"saved / SGD, {inner_steps}", saved(adam), saved(floor))
+        check_same_direction(problem.meta_gradient(OURS), problem.meta_gradient(rival))
+        bench.time(f"meta / TorchOpt, {remark}", problem.timed(OURS), problem.timed(rival), Target(0.7))
+        bench.count_bytes(f"saved / TorchOpt, {remark}", saved(OURS), saved(rival), Target(0.85))
+    bench.time(f"meta / SGD, {remark}", problem.timed(OURS), problem.timed(SGD))
+    bench.count_bytes(f"saved / SGD, {remark}", saved(OURS), saved(SGD))
 
 
 def check_same_direction(ours: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
