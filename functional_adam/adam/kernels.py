@@ -55,7 +55,7 @@ class Kernel(NamedTuple):
 def _run_single(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
     """`torch.optim.Adam(foreach=False)`; the equations where a scalar cannot be read."""
     rows, each = [*batch.rows()], _coefficients(batch, h)
-    if any(isinstance(x, Tensor) for c in each for x in c):
+    if any(isinstance(x, Tensor) for c in {id(c): c for c in each}.values() for x in c):
         new = [
             update_leaf(row, grad, c, maximize=h.maximize) for row, grad, c in zip(rows, batch.grads, each, strict=True)
         ]
@@ -201,12 +201,16 @@ def _run_fused(
 
 def _coefficients(batch: Batch, h: LeafHparams) -> list[Coefficients]:
     """The scalars of each leaf, those of a distinct step computed once, and as numbers where `step` can be read."""
-    at: dict[int, Coefficients] = {}
-    for t in batch.steps:
-        if id(t) not in at:
-            is_number = is_host_memory(t) and not t.dim() and not any(isinstance(x, Tensor) for x in h)
-            at[id(t)] = coefficients(h, t.item() if is_number else t)
-    return [at[id(t)] for t in batch.leaf_steps]
+    can_be_numbers = not any(isinstance(x, Tensor) for x in h[:5])
+
+    def at(t: Tensor) -> Coefficients:
+        return coefficients(h, t.item() if can_be_numbers and is_host_memory(t) and not t.dim() else t)
+
+    if len(batch.steps) == 1:
+        return [at(batch.steps[0])] * len(batch.params)
+    distinct = {id(t): t for t in batch.steps}
+    found = {key: at(t) for key, t in distinct.items()}
+    return [found[id(t)] for t in batch.steps]
 
 
 def _note_writing(batch: Batch, others: list[Tensor]) -> None:

@@ -80,7 +80,7 @@ def differentiable_update(
     numbers, flags, steps = h[:5], h[5:], batch.steps
     given: list[float | Tensor] = []
     if any(isinstance(x, Tensor) and may_be_differentiated(x) for x in (*numbers, *steps)):
-        each = [coefficients(h, step + 1) for step in steps]
+        each = [coefficients(h, _value(step) + 1) for step in steps]
         given = [*each[0][:5], *(c.step_size for c in each), *(c.root_correction for c in each)]
     spec = Spec(kernel, len(grads), len(steps), *flags, is_ready=is_ready)
     new = _apply(spec, *ready.buffers, *grads, *numbers, *steps, *given)

@@ -19,6 +19,7 @@ from functional_adam.adam.pytrees import (
 from functional_adam.tensors.batch import BUFFERS, Batch
 from functional_adam.tensors.leaves import (
     Label,
+    are_surely_fit,
     check_leaves,
     check_masters,
     check_params,
@@ -86,7 +87,7 @@ class Arguments(NamedTuple):
 
     def with_numbers_read(self) -> "Arguments":
         """The same with Python numbers for hyperparameters that can be read; sets that are equal then are one."""
-        if not self.others:
+        if len(self.others) == (self.grad_scale is not None) + (self.found_inf is not None):
             return self
         places: dict[LeafHparams, int] = {}
         new = [places.setdefault(h.map(read), len(places)) for h in self.sets]
@@ -95,10 +96,10 @@ class Arguments(NamedTuple):
     def check(self) -> None:
         """Raise if a tensor does not fit its place."""
         batch, narrow, label = self.batch, self.narrow, self.label
-        params = [narrow.get(i, x) for i, x in enumerate(batch.params)]
-        check_params(params, label)
-        check_masters(narrow, batch.params, label)
-        check_leaves(batch, label)
+        if narrow or not are_surely_fit(batch):
+            check_params([narrow.get(i, x) for i, x in enumerate(batch.params)], label)
+            check_masters(narrow, batch.params, label)
+            check_leaves(batch, label)
         self._check_steps()
         if self.others and any(x.is_meta for x in self.others) and not all(x.is_meta for x in batch.params):
             raise ValueError(

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     kernel: str
     """Or `EQUATIONS`."""
     why: dict[str, str]
-    """Why each kernel computes or does not, the fastest first."""
+    """For `explain`: why each kernel computes or does not, the fastest first."""
     groups: list[Group]
     """Of the leaves that have a gradient."""
     moves_all: bool
@@ -119,7 +119,7 @@ def _make(given: Arguments, tensors: Sequence[Tensor], kernel: str, *, donate: b
         why[EQUATIONS] = "plain operations, which every watcher can follow"
     else:
         chosen = select_kernel(kernel, facts.devices, given.sets).name
-        why = _why(given, facts, chosen, kernel, watched_by)
+        why = _why(given, facts, chosen, kernel, watched_by) if is_explained else {}
     found_inf = given.found_inf
     keeps_found_inf = isinstance(found_inf, Tensor) and not (watched_by is None and is_readable(found_inf))
     groups = _groups(given, facts, chosen, is_chosen=keeps_found_inf)

@@ -238,7 +238,7 @@ def _next_steps(plan: Plan, given: Arguments, advanced: list[Tensor]) -> list[Te
     found_inf, grads, steps = given.found_inf, given.batch.grads, given.batch.steps
     if found_inf is None and plan.moves_all:
         return advanced
-    moving = {*given.moving}
+    moving = range(len(steps)) if plan.moves_all else {*given.moving}
     # With a shared step all gradients are there, except that of a bare tensor, whose step is its own.
     return [
         _where(found_inf, new, old) if (i in moving or not grads) and found_inf is not True else old.clone()

@@ -27,8 +27,13 @@ class Batch(NamedTuple):
     def with_buffers(self, buffers: Sequence[Tensor]) -> "Batch":
         """Other buffers, column after column."""
         n = len(self.params)
-        params, exp_avgs, exp_avg_sqs, maxima = (list(buffers[i * n : (i + 1) * n]) for i in range(4))
-        return Batch(params, exp_avgs, exp_avg_sqs, maxima, self.grads, self.steps)
+        params, exp_avgs, exp_avg_sqs, maxima = (
+            buffers[:n],
+            buffers[n : 2 * n],
+            buffers[2 * n : 3 * n],
+            buffers[3 * n :],
+        )
+        return Batch([*params], [*exp_avgs], [*exp_avg_sqs], [*maxima], self.grads, self.steps)
 
     def with_columns(self, function: Callable[[list[Tensor]], list[Tensor]]) -> "Batch":
         """`function` of each column but the steps."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence
 from numbers import Real
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from functional_adam.tensors.batch import BUFFERS, Batch
 from functional_adam.tensors.layouts import foreign_layout
-from functional_adam.tensors.tracking import class_fault
+from functional_adam.tensors.tracking import class_fault, is_tracing
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -63,6 +64,20 @@ def check_leaves(batch: Batch, label: Label) -> None:
     for index, (x, param) in enumerate(zip(batch.grads, batch.params, strict=True)):
         if x is not None:  # pyright: ignore[reportUnnecessaryComparison]
             check_fit(x, param, label, "grads", index, "Gradients must match params leaf by leaf.", is_grad=True)
+
+
+def are_surely_fit(batch: Batch) -> bool:
+    """Whether one look shows that all leaves are plain tensors of one dtype and device, in the shapes of parameters."""
+    columns = [column for column in batch[:4] if column]
+    columns.append([x if x is not None else p for x, p in zip(batch.grads, batch.params, strict=True)])  # pyright: ignore[reportUnnecessaryComparison]
+    leaves = [x for column in columns for x in column]
+    if is_tracing() or not {*map(type, leaves)} <= PLAIN or any(map(attrgetter("is_nested"), leaves)):
+        return False
+    dtypes = {*map(attrgetter("dtype"), leaves)}
+    if len(dtypes) != 1 or not dtypes <= DTYPES or {*map(attrgetter("layout"), leaves)} != {torch.strided}:
+        return False
+    shapes = [x.shape for x in batch.params]
+    return len({x.device for x in leaves}) == 1 and all([x.shape for x in column] == shapes for column in columns[1:])
 
 
 def check_fit(

@@ -17,7 +17,7 @@ from functional_adam.tensors.pieces import cut_into_pieces
 from functional_adam.tensors.recycling import copies, empties, empty_like
 
 # In elements of a column. Smaller runs cost more in calls than they save.
-RUN = 2**18
+RUN = 2**19
 COLUMNS = (*BUFFERS, "grads")
 
 Reasons: TypeAlias = dict[tuple[str, int], str]

@@ -67,7 +67,7 @@ def is_host_value(tensor: Tensor) -> bool:
 
 def is_host_memory(tensor: Tensor) -> bool:
     """Whether the value, or all the values that are mapped over, lie in the host's memory."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
 
 
 def is_constant(tensor: Tensor) -> bool:
