@@ -620,7 +620,7 @@ BAD_FLAT: dict[str, tuple[Any, type[Exception], str]] = {
     "no_step": (without(FLAT, "step"), ValueError, r"^flat lacks \"step\['w'\]\""),
     "shape": (flat_of(TWO[:1]), ValueError, rf"^{EXP_AVG} has shape \(1,\), but params\['w'\] has shape \(2,\)\."),
     "dtype": (flat_of(TWO.int()), TypeError, rf"^{EXP_AVG} is of torch.int32"),
-    "complex": (flat_of(TWO.cfloat()), TypeError, rf"^{EXP_AVG} .* torch.complex64 .* real .* params\['w'\]"),
+    "complex": (flat_of(TWO.cfloat()), TypeError, rf"^{EXP_AVG} is of torch.complex64, but params\['w'\] is of"),
     "no_tensor": (flat_of([0.0, 0.0]), TypeError, rf"^{EXP_AVG} is of type list. Expected a tensor"),
     "negative_step": (flat_of(step=-1.0), ValueError, r"^flat\['step'\] is .*expected a whole number"),
     "stacked_step": (flat_of(step=[1.0] * 3), ValueError, r"^flat\['step'\] has shape \(3,\), expected \(\)"),

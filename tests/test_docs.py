@@ -23,6 +23,7 @@ TEXTS = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(functional_adam.__path__, "functional_adam."))
 SUBMODULES = [f"functional_adam.{name}" for name in ("distributed", "recycling", "transformation")]
 
+EXTRAS = set(metadata.metadata("functional_adam").get_all("Provides-Extra", []))
 RESULTS = [f"functional_adam.call.explanation.{name}" for name in ("Explanation", "LeafGroup", "NewMemory")]
 
 COMMANDS = {"console", "bash", "indented"}

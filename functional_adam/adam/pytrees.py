@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -272,7 +273,11 @@ class AdamState(NamedTuple):
 
 
 _serialization: Any = torch.serialization
-_serialization.add_safe_globals([AdamState, AdamHparams])  # for torch.load(..., weights_only=True)
+for _class, _old_home in ((AdamHparams, "functional_adam.hparams"), (AdamState, "functional_adam.state")):
+    # A pickle names the module of a class. Those of version 0.1.0 name these.
+    sys.modules.setdefault(_old_home, sys.modules[__name__])
+    # For torch.load(..., weights_only=True).
+    _serialization.add_safe_globals([_class, (_class, f"{_old_home}.{_class.__name__}")])
 
 
 def is_spent(step: Any) -> bool:
