@@ -3,7 +3,9 @@
 import ast
 import inspect
 import re
+import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -11,6 +13,9 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 import functional_adam
+
+sys.path.insert(0, str(Path(__file__).parent))
+import modules  # noqa: E402 (stands beside this file)
 
 project = "functional_adam"
 version = release = functional_adam.__version__
@@ -65,6 +70,14 @@ def written_signature(*event: Any) -> tuple[str | None, str | None] | None:
     return f"({arguments_of(node)})", node.returns and ast.unparse(node.returns)
 
 
+def show_modules(_: Sphinx, page: str, source: list[str]) -> None:
+    """The table of modules, read from the source."""
+    if page == "architecture":
+        mark = "<!-- The documentation shows the table of modules here. -->"
+        assert mark in source[0]
+        source[0] = source[0].replace(mark, modules.table(modules.modules()))
+
+
 def arguments_of(node: ast.FunctionDef) -> str:
     """As in the source, without self."""
     return re.sub(r"^self(, )?", "", ast.unparse(node.args))
@@ -84,6 +97,7 @@ def show_math(writer: Any, node: nodes.math_block) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", show_modules)
     app.connect("autodoc-process-docstring", write_docstring, priority=400)  # napoleon has 500
     app.connect("autodoc-process-signature", written_signature)
     # MathML, which browsers show by themselves: no script, no font, no network.
