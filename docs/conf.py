@@ -15,7 +15,7 @@ from sphinx.application import Sphinx
 import functional_adam
 
 sys.path.insert(0, str(Path(__file__).parent))
-import modules  # noqa: E402 (stands beside this file)
+import modules
 
 project = "functional_adam"
 version = release = functional_adam.__version__

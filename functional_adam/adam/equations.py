@@ -10,22 +10,21 @@ from torch import Tensor
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.layouts import as_leaf, as_real, with_layout_of
 from functional_adam.tensors.tracking import may_be_differentiated
-from functional_adam.tensors.trees import Scalar
 
 
 class LeafHparams(NamedTuple):
     """The hyperparameters of one leaf: numbers, or 0-dim tensors that may be traced, mapped or differentiated."""
 
-    lr: Scalar
-    beta1: Scalar
-    beta2: Scalar
-    eps: Scalar
-    weight_decay: Scalar
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float | Tensor
+    weight_decay: float | Tensor
     amsgrad: bool
     maximize: bool
     decoupled_weight_decay: bool
 
-    def map(self, function: Callable[[Tensor], Scalar]) -> "LeafHparams":
+    def map(self, function: Callable[[Tensor], float | Tensor]) -> "LeafHparams":
         """`function` of each number that is a tensor."""
         lr, beta1, beta2, eps, weight_decay = (function(x) if isinstance(x, Tensor) else x for x in self[:5])
         return LeafHparams(lr, beta1, beta2, eps, weight_decay, *self[5:])
@@ -34,13 +33,13 @@ class LeafHparams(NamedTuple):
 class Coefficients(NamedTuple):
     """The scalars that a leaf really meets, in float64; numbers where all that they follow from are numbers."""
 
-    decay: Scalar  # of the parameter: 1 unless weight decay is decoupled
-    weight_decay: Scalar  # coupled, else 0
-    beta1: Scalar
-    beta2: Scalar
-    eps: Scalar
-    step_size: Scalar  # lr / (1 - beta1^t)
-    root_correction: Scalar  # sqrt(1 - beta2^t)
+    decay: float | Tensor  # of the parameter: 1 unless weight decay is decoupled
+    weight_decay: float | Tensor  # coupled, else 0
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float | Tensor
+    step_size: float | Tensor  # lr / (1 - beta1^t)
+    root_correction: float | Tensor  # sqrt(1 - beta2^t)
 
 
 EQUATIONS = "equations"
@@ -50,7 +49,7 @@ Row: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """(param, exp_avg, exp_avg_sq, max_exp_avg_sq or None): what an update replaces in one leaf."""
 
 
-def coefficients(h: LeafHparams, step: Scalar) -> Coefficients:
+def coefficients(h: LeafHparams, step: float | Tensor) -> Coefficients:
     """The scalars of update number `step`, by operations that can be differentiated to any order."""
     t, lr, weight_decay = precise(step), precise(h.lr), precise(h.weight_decay)
     beta1, beta2 = precise(h.beta1), precise(h.beta2)
@@ -65,7 +64,9 @@ def coefficients(h: LeafHparams, step: Scalar) -> Coefficients:
     )
 
 
-def update_leaf(row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad_scale: Scalar | None = None) -> Row:
+def update_leaf(
+    row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad_scale: float | Tensor | None = None
+) -> Row:
     """The next `row`."""
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = row
     wide = compute_dtype(*row)
@@ -74,7 +75,7 @@ def update_leaf(row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad
     p, m, v, g = (as_real(x.to(wide)).to(real) for x in (param, exp_avg, exp_avg_sq, grad))
     u = None if max_exp_avg_sq is None else as_real(max_exp_avg_sq.to(wide)).to(real)
 
-    def scalar(x: Scalar) -> Scalar:
+    def scalar(x: float | Tensor) -> float | Tensor:
         return x.to(device=param.device, dtype=real) if isinstance(x, Tensor) else x
 
     if grad_scale is not None:
@@ -100,7 +101,7 @@ def update_leaf(row: Row, grad: Tensor, c: Coefficients, *, maximize: bool, grad
 
 
 def update_leaves(
-    batch: Batch, each: Sequence[Coefficients], *, maximize: bool, grad_scale: Scalar | None = None
+    batch: Batch, each: Sequence[Coefficients], *, maximize: bool, grad_scale: float | Tensor | None = None
 ) -> Batch:
     """`batch` after an update, with coefficients of its own for each of the steps."""
     each = [*each] * len(batch.params) if len(each) == 1 else each
@@ -111,24 +112,24 @@ def update_leaves(
     return batch.with_buffers([x for column in zip(*rows, strict=True) for x in column if x is not None])
 
 
-def beside(x: Scalar, leaf: Tensor) -> Scalar:
+def beside(x: float | Tensor, leaf: Tensor) -> float | Tensor:
     """`x`, with what it has for members along the first dimension of `leaf`."""
     return x.reshape(-1, *[1] * (leaf.dim() - 1)) if isinstance(x, Tensor) and x.dim() else x
 
 
-def precise(x: Scalar) -> Scalar:
+def precise(x: float | Tensor) -> float | Tensor:
     """`x` in float64, where 1 - 0.999^t keeps its digits (in float32 it is off by 1e-5, relative)."""
     if not isinstance(x, Tensor):
         return float(x)
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
-def is_number(x: Scalar, value: float) -> bool:
+def is_number(x: float | Tensor, value: float) -> bool:
     """Whether `x` is known to be the number `value`; a tensor is not read."""
     return not isinstance(x, Tensor) and x == value
 
 
-def _power(base: Scalar, t: Scalar) -> Scalar:
+def _power(base: float | Tensor, t: float | Tensor) -> float | Tensor:
     """`base ** t`. Its derivative with respect to t is base^t log(base), which counts as 0 at base 0."""
     if not isinstance(t, Tensor) or not may_be_differentiated(t) or not (isinstance(base, Tensor) or base == 0):
         return base**t

@@ -52,7 +52,7 @@ class Kernel(NamedTuple):
         return lambda batch: self.run(batch, h, grad_scale, found_inf)
 
 
-def _run_single(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
+def _run_single(batch: Batch, h: LeafHparams, *_: object) -> Iterator[None]:
     """`torch.optim.Adam(foreach=False)`; the equations where a scalar cannot be read."""
     rows, each = [*batch.rows()], _coefficients(batch, h)
     if any(isinstance(x, Tensor) for c in {id(c): c for c in each}.values() for x in c):
@@ -93,7 +93,7 @@ def _scratch(leaves: list[Tensor]) -> list[Tensor]:
     return [flat.as_strided(x.shape, strides_like(x)) for x in leaves]
 
 
-def _run_foreach(batch: Batch, h: LeafHparams, *_: Any) -> Iterator[None]:
+def _run_foreach(batch: Batch, h: LeafHparams, *_: object) -> Iterator[None]:
     """`torch.optim.Adam(foreach=True)`, operation for operation where the scalars are numbers.
 
     A scalar of shape (members,) belongs to leaves whose first dimension counts members.

@@ -73,7 +73,7 @@ class Spec:
         """A batch of the buffers with which `flat` begins."""
         return Batch([None] * self.count, [], [], [], [], []).with_buffers(flat[: self.buffer_count])  # pyright: ignore[reportArgumentType]
 
-    def hparams(self, numbers: Iterable[Any]) -> LeafHparams:
+    def hparams(self, numbers: Iterable[float | Tensor]) -> LeafHparams:
         """The five numbers and the flags."""
         lr, beta1, beta2, eps, weight_decay = numbers
         return LeafHparams(

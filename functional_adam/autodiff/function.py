@@ -27,9 +27,9 @@ from functional_adam.adam.equations import (
 )
 from functional_adam.autodiff.batching import Apply, Flat, Spec, call_under_vmap, run, run_batched
 from functional_adam.tensors.batch import Batch
-from functional_adam.tensors.layouts import as_leaf, as_real
-from functional_adam.tensors.pieces import Columns, Piece, Rows, cut_into_pieces, flattened, join, put_together, split
+from functional_adam.tensors.layouts import as_leaf, as_real, with_layout_of
 from functional_adam.tensors.recycling import empty_like
+from functional_adam.tensors.staging import Columns, Piece, Rows, cut_into_pieces, flattened, join, put_together, split
 from functional_adam.tensors.tracking import (
     is_batched_by_engine,
     is_constant,
@@ -96,7 +96,12 @@ def advance(step: Tensor, kernel: str) -> Tensor:
     return _advance(step) if kernel != EQUATIONS and is_transformed() else step + 1
 
 
-def _count_updates(node: Any, given: Batch) -> None:
+def rounded(master: Tensor, param: Tensor) -> Tensor:
+    """`master` in the dtype and layout of `param`."""
+    return with_layout_of(master.to(param.dtype), param)
+
+
+def _count_updates(node: Context, given: Batch) -> None:
     """Let the `node` of an update know how many updates in a row it ends, and warn when they are many."""
     node.update_count = 1 + max(map(_updates_behind, (given.params[0], given.exp_avgs[0])))
     if node.update_count == _MANY:
@@ -145,7 +150,7 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(*(x if i >= spec.count or reads_params else None for i, x in enumerate(tensors)))
 
     @staticmethod
-    def backward(ctx: Context, *cotangents: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, *cotangents: Tensor) -> Flat:
         spec: Spec = ctx.spec
         flat = _saved(ctx)
         batch, each, wanted = spec.batch(flat), _coefficients(spec, flat), _wanted(ctx)
@@ -193,7 +198,7 @@ class _Update(torch.autograd.Function):
         return tuple(put_together(new if spec.amsgrad else new[:3], batch.grads))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Flat, spec: Spec, *flat: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Context, in_dims: Flat, spec: Spec, *flat: Any) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
         return run_batched(_apply, info.batch_size, in_dims[1:], spec, flat)
 
 
@@ -202,7 +207,7 @@ _Update.forward.__signature__ = inspect.signature(_Update.forward)
 
 
 def _apply(spec: Spec, *flat: Any) -> Sequence[Tensor]:
-    def rule(size: int, dims: Sequence[int | None], flat: Flat) -> Any:
+    def rule(size: int, dims: Sequence[int | None], flat: Flat) -> object:
         return run_batched(_apply, size, dims, spec, flat)
 
     apply: Apply = getattr(_Update, "apply")  # noqa: B009 (torch gives it no type)
@@ -227,7 +232,7 @@ class _Advance(torch.autograd.Function):
         return tangent
 
     @staticmethod
-    def vmap(info: Any, in_dims: Flat, step: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Context, in_dims: Flat, step: Tensor) -> object:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _advance_members(info.batch_size, in_dims[0], step)
 
 
@@ -239,7 +244,7 @@ def _advance_members(size: int, dim: int, step: Tensor) -> tuple[Tensor, int]:
 
 
 def _advance(step: Tensor) -> Tensor:
-    def rule(size: int, dims: tuple[int], steps: tuple[Tensor]) -> Any:
+    def rule(size: int, dims: tuple[int], steps: tuple[Tensor]) -> object:
         return tuple(zip(_advance_members(size, dims[0], steps[0]), strict=True))
 
     apply: Callable[[Tensor], Tensor] = getattr(_Advance, "apply")  # noqa: B009
@@ -307,7 +312,7 @@ def _plain_vjp(columns: Rows, incoming: Rows, each: list[Coefficients], *, maxim
     return outgoing
 
 
-def _like(cotangent: Tensor | None, coefficient: Any) -> Tensor | None:
+def _like(cotangent: Tensor | None, coefficient: object) -> Tensor | None:
     """`cotangent` as that of `coefficient`; None for a number."""
     if cotangent is None or not isinstance(coefficient, Tensor):
         return None

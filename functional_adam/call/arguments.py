@@ -1,6 +1,6 @@
 """Read: the trees of an update become one batch of columns and the numbers of each leaf."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -23,11 +23,9 @@ from functional_adam.tensors.leaves import (
     check_leaves,
     check_masters,
     check_params,
-    full_value,
     number_fault,
     to_float,
 )
-from functional_adam.tensors.tracking import is_readable
 from functional_adam.tensors.trees import (
     Scalar,
     TensorTree,
@@ -85,12 +83,12 @@ class Arguments(NamedTuple):
         """The name of a tensor with this tree and leaf."""
         return root if index < 0 else self.label(root, index)
 
-    def with_numbers_read(self) -> "Arguments":
-        """The same with Python numbers for hyperparameters that can be read; sets that are equal then are one."""
+    def map_numbers(self, function: Callable[[Tensor], float | Tensor]) -> "Arguments":
+        """The same with `function` of each hyperparameter that is a tensor; sets that are equal then are one."""
         if len(self.others) == (self.grad_scale is not None) + (self.found_inf is not None):
             return self
         places: dict[LeafHparams, int] = {}
-        new = [places.setdefault(h.map(read), len(places)) for h in self.sets]
+        new = [places.setdefault(h.map(function), len(places)) for h in self.sets]
         return self._replace(sets=[*places], places=[new[place] for place in self.places])
 
     def check(self) -> None:
@@ -124,12 +122,6 @@ class Arguments(NamedTuple):
             if fault:
                 error, text = fault
                 raise error(f"{self.name('state.step', index if self.has_own_steps else -1)} {text}")
-
-
-def read(x: Any) -> Any:
-    """`x` as a Python number where that costs nothing and hides nothing."""
-    x = full_value(x)
-    return x.item() if isinstance(x, Tensor) and is_readable(x) else x
 
 
 def read_arguments(
@@ -199,7 +191,7 @@ def numbers_of(
     return sets, places, tensors
 
 
-def zero_dim(value: Any, name: str) -> Tensor:
+def zero_dim(value: object, name: str) -> Tensor:
     """A number or 0-dim tensor as a tensor."""
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
@@ -218,7 +210,7 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [*dict.fromkeys(tensors)]
 
 
-def _check_types(grads: Any, state: Any, hparams: Any) -> None:
+def _check_types(grads: object, state: object, hparams: object) -> None:
     order = "The order is adam_update(params, grads, state, hparams)."
     if isinstance(grads, AdamState):
         raise TypeError(f"grads is an AdamState, expected a pytree of gradients. {order}")
@@ -227,11 +219,11 @@ def _check_types(grads: Any, state: Any, hparams: Any) -> None:
     check_hparams(hparams)
 
 
-def _is_absent(tree: Any) -> bool:
+def _is_absent(tree: object) -> bool:
     return isinstance(tree, tuple) and not tree
 
 
-def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
+def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec, params: TensorTree) -> list[Tensor]:
     if treespec.num_leaves and _is_absent(state.max_exp_avg_sq) == hparams.amsgrad:
         got, wanted = ("is ()", "True") if hparams.amsgrad else ("is kept", "False")
         raise ValueError(
@@ -241,7 +233,7 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
     return flatten_like(treespec, state.max_exp_avg_sq, "state.max_exp_avg_sq", params) if hparams.amsgrad else []
 
 
-def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Any]:
+def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Tensor]:
     if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or is_leaf(state.step)):
         raise TypeError(
             f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
@@ -250,7 +242,7 @@ def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -
     return flatten_like(treespec, state.step, "state.step", params)
 
 
-def _step_fault(step: Any, param: Tensor | None) -> tuple[type[Exception], str] | None:
+def _step_fault(step: object, param: Tensor | None) -> tuple[type[Exception], str] | None:
     """The error class and why `step` cannot count the updates of `param`, or None."""
     if not isinstance(step, Tensor):
         return TypeError, f"is of type {type(step).__name__}. Expected a 0-dim float32 tensor, as adam_init makes."

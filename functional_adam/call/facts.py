@@ -105,7 +105,7 @@ class Memory(Generic[Known]):
         self._size = size
         self._known: tuple[tuple[Hashable, Callable[..., bool], Known], ...] = ()
 
-    def recall(self, key: Hashable, tensors: Sequence[Any]) -> Known | None:
+    def recall(self, key: Hashable, tensors: Sequence[Tensor]) -> Known | None:
         """What was remembered under `key` for tensors that are, one by one, like these."""
         # In this order: what dynamo reads, it guards.
         if is_tracing() or is_transformed() or not self._known:

@@ -5,16 +5,16 @@ It is made once, and remembered for tensors alike. The update executes it, `expl
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_adam.adam.equations import EQUATIONS, compute_dtype
 from functional_adam.adam.kernels import KERNELS, check_kernel_name, check_numbers, select_kernel
-from functional_adam.call.arguments import Arguments, read
+from functional_adam.call.arguments import Arguments
 from functional_adam.call.facts import Facts, Memory, are_surely_apart, find_facts
-from functional_adam.tensors.leaves import check_flag, is_dtensor, local_shard, placement_change
+from functional_adam.tensors.leaves import check_flag, full_value, is_dtensor, local_shard, placement_change
 from functional_adam.tensors.overlap import check_apart
 from functional_adam.tensors.staging import COLUMNS, RUN, Reasons, Stage
 from functional_adam.tensors.tracking import (
@@ -71,7 +71,7 @@ def plan_update(given: Arguments, kernel: str, *, donate: bool, is_explained: bo
     """
     check_kernel_name(kernel)
     check_flag(donate, "donate")
-    given = given if is_tracing() or is_transformed() else given.with_numbers_read()
+    given = given if is_tracing() or is_transformed() else given.map_numbers(_read)
     tensors = given.tensors
     key = _key(given, kernel, donate=donate)
     plan = None if is_explained else _plans.recall(key, tensors)
@@ -86,8 +86,14 @@ def plan_update(given: Arguments, kernel: str, *, donate: bool, is_explained: bo
             written, others = given.written(), given.read()
             owners = [(root, index) for root, index, _ in written + others]
             check_apart([x for *_, x in written], [x for *_, x in others], lambda place: given.name(*owners[place]))
-        given = given._replace(grad_scale=read(given.grad_scale), found_inf=read(given.found_inf))
+        given = given._replace(grad_scale=_read(given.grad_scale), found_inf=_read(given.found_inf))
     return plan, given
+
+
+def _read(x: Any) -> Any:
+    """`x` as a Python number where that costs nothing and hides nothing."""
+    x = full_value(x)
+    return x.item() if isinstance(x, Tensor) and is_readable(x) else x
 
 
 def _key(given: Arguments, kernel: str, *, donate: bool) -> tuple[object, ...]:

@@ -1,18 +1,17 @@
 """adam_update: read, plan, run, write."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from functional_adam.adam.kernels import KERNELS, KernelName
 from functional_adam.adam.pytrees import AdamHparams, AdamState
-from functional_adam.autodiff.function import advance, differentiable_update
+from functional_adam.autodiff.function import advance, differentiable_update, rounded
 from functional_adam.call.arguments import Arguments, read_arguments
 from functional_adam.call.plan import Plan, plan_update
 from functional_adam.tensors.batch import Batch
-from functional_adam.tensors.layouts import with_layout_of
 from functional_adam.tensors.leaves import local_shard, placed_like
 from functional_adam.tensors.overlap import checked_step
 from functional_adam.tensors.staging import Run, copied, emptied, finish, finish_together
@@ -98,7 +97,7 @@ def adam_update(
     )
 
 
-def run_plan(plan: Plan, given: Arguments, *, donate: bool) -> tuple[Batch, list[Tensor], Sequence[Any]]:
+def run_plan(plan: Plan, given: Arguments, *, donate: bool) -> tuple[Batch, list[Tensor], Sequence[object]]:
     """Execute `plan`: the batch after the update, the parameters, and the masters, which are () where there is none."""
     if plan.watched_by is None:
         new = _run_kernel(plan, given, donate=donate)
@@ -151,7 +150,7 @@ def _run_kernel(plan: Plan, given: Arguments, *, donate: bool) -> Batch:
 def _run_groups(plan: Plan, given: Arguments, old: Batch, new: Batch) -> None:
     """Let the kernel fill or update the buffers of `new`; steps count this update."""
     kernel, found = KERNELS[plan.kernel], given.found_inf
-    runs: list[Any] = []
+    runs: list[Iterator[None]] = []
     for group in plan.groups:
         is_whole = len(group.indices) == len(old.params)
         batch = old if is_whole else old.take(group.indices)
@@ -182,10 +181,10 @@ def _local(batch: Batch) -> Batch:
     return batch.map(local_shard)._replace(grads=grads)
 
 
-def _rounded(plan: Plan, given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[Any]]:
+def _rounded(plan: Plan, given: Arguments, wide: list[Tensor], *, donate: bool) -> tuple[list[Tensor], list[object]]:
     """The new parameters, those with a master as its rounding, and the new masters."""
     params = list(wide)
-    masters: list[Any] = [()] * len(wide)
+    masters: list[object] = [()] * len(wide)
     moving = {*given.moving}
     for index, old in given.narrow.items():
         masters[index] = wide[index]
@@ -198,7 +197,7 @@ def _rounded(plan: Plan, given: Arguments, wide: list[Tensor], *, donate: bool) 
         elif plan.watched_by is None:
             params[index] = torch.empty_like(old).copy_(new)
         else:
-            params[index] = old.clone() if is_skipped else with_layout_of(new.to(old.dtype), old)
+            params[index] = old.clone() if is_skipped else rounded(new, old)
     return params, masters
 
 

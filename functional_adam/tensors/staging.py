@@ -1,25 +1,31 @@
 """Staging: what a kernel cannot take as it is goes through copies, in runs that fit the cache.
 
-Stage a run, call the kernel on it, commit it. Copies for purity, casts, unscaled gradients and other layouts are all
-staging, so that they cost traffic to the cache and not to memory.
+Small leaves are taken together, large ones slice by slice. Stage a run, call the kernel on it, commit it. Copies for
+purity, casts, unscaled gradients and other layouts are all staging, so that they cost traffic to the cache and not to
+memory.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functional_adam.tensors.batch import BUFFERS, Batch
 from functional_adam.tensors.layouts import as_real, is_laid_out_like
-from functional_adam.tensors.pieces import cut_into_pieces
 from functional_adam.tensors.recycling import copies, empties, empty_like
 
 # In elements of a column. Smaller runs cost more in calls than they save.
 RUN = 2**19
 COLUMNS = (*BUFFERS, "grads")
 
+Columns: TypeAlias = list[list[list[Tensor]]]
+"""The parts of each leaf, column by column."""
+Piece: TypeAlias = list[tuple[int, int, int]]
+"""Slices (leaf, start, stop) of flattened leaves."""
+Rows: TypeAlias = list[list[Any]]
+"""Columns of leaves that are flattened; None where there is none."""
 Reasons: TypeAlias = dict[tuple[str, int], str]
 """Why a kernel gets a copy of a tensor, by its column and its place in that."""
 
@@ -157,3 +163,58 @@ def finish_together(runs: Iterable[Iterator[None]]) -> None:
 
 def _sliced(batch: Batch, start: int, stop: int) -> Batch:
     return batch.with_columns(lambda column: [x.view(-1)[start:stop] for x in column])
+
+
+def flattened(columns: Iterable[list[Any]]) -> Rows:
+    """Each leaf as one row."""
+    return [[x if x is None else x.reshape(x.numel()) for x in column] for column in columns]
+
+
+def cut_into_pieces(leaves: Sequence[Tensor], size: int, *, is_joined: bool = True) -> list[Piece]:
+    """All elements of `leaves` in pieces of at most `size`, of one leaf each unless `is_joined`."""
+    joined: list[Piece] = []
+    cut: list[Piece] = []
+    room = -1  # nothing fits, not even an empty leaf
+    for index, leaf in enumerate(leaves):
+        count = leaf.numel()
+        if count > size:
+            cut += [[(index, start, min(count, start + size))] for start in range(0, count, size)]
+            continue
+        if count > room or not is_joined:
+            joined.append([])
+            room = size
+        joined[-1].append((index, 0, count))
+        room -= count
+    return joined + cut
+
+
+def join(piece: Piece, columns: Rows) -> tuple[Any, ...]:
+    """The piece of each column as one tensor, in float32 or wider; None where there is none."""
+
+    def joined(column: list[Any]) -> Any:
+        if not column or column[piece[0][0]] is None:
+            return None
+        parts = [column[i] if stop - start == column[i].numel() else column[i][start:stop] for i, start, stop in piece]
+        one = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return one.to(torch.promote_types(one.dtype, torch.float32))
+
+    p, m, v, u, *g = map(joined, columns)
+    return p, m, v, u, g[0] if g else None
+
+
+def split(piece: Piece, value: Tensor | None, column: list[list[Tensor]]) -> None:
+    """Append the parts of `value` to those of their leaves."""
+    if value is not None:
+        # Joined leaves are whole.
+        parts = [value] if len(piece) == 1 else value.split_with_sizes([stop for _, _, stop in piece])
+        for (index, _, _), part in zip(piece, parts, strict=True):
+            column[index].append(part)
+
+
+def put_together(columns: Columns, like: list[Tensor]) -> Iterator[Tensor]:
+    """Leaves in the shapes and the one dtype of `like` from their parts, column after column."""
+    dtype, shapes = like[0].dtype, [x.shape for x in like]
+    for column in columns:
+        for parts, shape in zip(column, shapes, strict=True):
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+            yield whole if whole.dtype is dtype else whole.to(dtype)
