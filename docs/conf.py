@@ -31,6 +31,8 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     # What other libraries document: torch and the standard library, in signatures also without the module.
     ("py:.*", r"(torch|contextlib|collections)\..*|Tensor|ExitStack"),
+    # Names for types, in signatures.
+    ("py:class", "Params|Group"),
 ]
 
 highlight_language = "none"  # unless a block says otherwise

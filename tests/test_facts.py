@@ -30,7 +30,7 @@ class Memory:
 
     @staticmethod
     def clear() -> None:
-        plan._plans.clear()
+        plan._plans._known = ()
 
     @staticmethod
     def entries() -> tuple[Any, ...]:

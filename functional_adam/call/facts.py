@@ -126,10 +126,6 @@ class Memory(Generic[Known]):
             if check(*tensors):  # which it is not where a tensor stands in two places
                 self._known = ((_in_this_mode(key), check, known), *self._known[: self._size - 1])
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known = ()
-
 
 def _in_this_mode(key: Hashable) -> Hashable:
     # In inference mode dispatch keys of ordinary tensors are those of inference tensors outside.
