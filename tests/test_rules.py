@@ -349,6 +349,35 @@ def test_steps_alone_are_differentiated_twice(per_leaf_step: bool, shapes: tuple
     assert_close(*results)
 
 
+@pytest.mark.parametrize("by", ["number", "tensor", "differentiated"])
+def test_a_beta_of_zero_lets_the_step_move_nothing(by: str) -> None:
+    """The correction is then 1 at every step: the derivatives of 0^t count as 0, where they hold log(0)."""
+    at = make_point((3,), amsgrad=False)
+    zero: Any = 0.0 if by == "number" else torch.tensor(0.0, dtype=DOUBLE, requires_grad=by == "differentiated")
+
+    def moved(t: Tensor, beta: Any) -> Tensor:
+        state = AdamState(t, at.exp_avg, at.exp_avg_sq)
+        hparams = AdamHparams(lr=0.1, betas=(beta, beta), eps=0.01)
+        return adam_update(at.params, at.grads, state, hparams)[0][0].sum()
+
+    for t in (0.0, 3.0):
+        step = torch.tensor(t, requires_grad=True)
+        [first] = torch.autograd.grad(moved(step, zero), step, create_graph=True)
+        assert first.item() == 0.0
+        if by == "differentiated":
+            values = torch.autograd.grad(first + 0 * step + 0 * zero.float(), (step, zero), create_graph=True)
+            assert all(x.isfinite() for x in values)
+    if by == "differentiated":
+        # d (1 - b^t) / db = -t b^(t - 1): at b = 0 it is -1 in the first step and 0 in all others.
+        slopes = [torch.autograd.grad(moved(torch.tensor(t), zero), zero)[0] for t in (0.0, 3.0)]
+        central = [
+            (moved(torch.tensor(t), torch.tensor(h, dtype=DOUBLE)) - moved(torch.tensor(t), zero.detach())) / h
+            for t, h in ((0.0, 1e-7), (3.0, 1e-7))
+        ]
+        for slope, quotient in zip(slopes, central, strict=True):
+            torch.testing.assert_close(slope, quotient.to(DOUBLE), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "exp_avg", "grads"])
 def test_what_was_written_to_before_the_backward_pass_is_noticed(name: str) -> None:
     at = make_point((3,), amsgrad=False)

@@ -134,7 +134,7 @@ def _power(base: float | Tensor, t: float | Tensor) -> float | Tensor:
     if not isinstance(t, Tensor) or not may_be_differentiated(t) or not (isinstance(base, Tensor) or base == 0):
         return base**t
     if not isinstance(base, Tensor):
-        return base ** t.detach()
+        return t * 0.0  # as t is 1 or more
     zero = base == 0
     return torch.where(zero, base ** t.detach(), torch.where(zero, 1.0, base) ** t)
 
