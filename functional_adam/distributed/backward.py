@@ -10,9 +10,9 @@ from functional_adam.interop.adapter import _FunctionalAdam, check_adapter
 def step_in_backward(optimizer: _FunctionalAdam) -> ExitStack:
     """Let every `backward()` update the parameters of `optimizer` as it goes, and free their gradients.
 
-    At no time is there more than the gradients of the layers at work. The result is that of `backward()` and then
+    Only the gradients of the layers at work exist at a time. The result is that of `backward()` and then
     `optimizer.step()`. Each `backward()` is one step: gradients are neither summed over several, nor clipped by their
-    common norm. For `DistributedDataParallel`, whose gradients are not yet reduced then, take :func:`step_in_ddp`.
+    common norm. For `DistributedDataParallel`, which reduces gradients later, use :func:`step_in_ddp`.
 
     Args:
         optimizer: with parameters. Those that require no grad now are left alone.

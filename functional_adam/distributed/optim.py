@@ -12,11 +12,9 @@ def register() -> None:
     """Make the adapters known to torch as functional optimizers. Calling it again does nothing.
 
     `torch.distributed.optim.as_functional_optim`, DistributedDataParallel's fused optimizers and
-    `ZeroRedundancyOptimizer(overlap_with_ddp=True)` then take `_FunctionalAdam` and `_FunctionalAdamW`. What torch has
-    for its own classes, `torch.optim.Adam` among them, stays.
-
-    While they are registered, `ZeroRedundancyOptimizer` without overlap refuses them, as it does every functional
-    optimizer: construct it before, or after :func:`unregister`.
+    `ZeroRedundancyOptimizer(overlap_with_ddp=True)` then take `_FunctionalAdam` and `_FunctionalAdamW`. Torch's entries
+    for its own classes stay. `ZeroRedundancyOptimizer` without overlap refuses every registered optimizer: construct it
+    before, or after :func:`unregister`.
 
     Raises:
         RuntimeError: this torch has no such table.
@@ -37,7 +35,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo :func:`register`. Optimizers made in between work on.
+    """Undo :func:`register`. Optimizers made in between continue to work.
 
     Example:
         >>> from functional_adam.distributed import unregister
@@ -47,11 +45,11 @@ def unregister() -> None:
         _table().pop(adapter, None)
 
 
-def distributed_optimizer(optimizer_class: type, params_rref: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+def distributed_optimizer(optimizer_class: type, params_rref: Sequence[object], *args: object, **kwargs: object) -> Any:
     """`torch.distributed.optim.DistributedOptimizer`, which runs `optimizer_class` where the parameters live.
 
-    On each owner torch sets `.grad` from the distributed autograd context and calls `step()`. As with any optimizer
-    there, a parameter that a context does not reach keeps the gradient of the one before.
+    On each owner torch sets `.grad` from the distributed autograd context and calls `step()`. A parameter that the
+    context does not reach keeps its earlier gradient, as with any optimizer there.
 
     Args:
         optimizer_class: `_FunctionalAdam` or `_FunctionalAdamW`; each owner must be able to import it.
@@ -75,8 +73,8 @@ def distributed_optimizer(optimizer_class: type, params_rref: Sequence[Any], *ar
     torch_class = getattr(_import_optim(), "DistributedOptimizer", None)
     if torch_class is None:
         raise RuntimeError(
-            "This torch has no torch.distributed.optim.DistributedOptimizer: it was built without RPC, or has removed "
-            "it. Run the optimizer on the owner of the parameters, or use DistributedDataParallel with step_in_ddp."
+            "This torch has no torch.distributed.optim.DistributedOptimizer: it was built without RPC, or dropped it. "
+            "Run the optimizer on the owner of the parameters, or use DistributedDataParallel with step_in_ddp."
         )
     return torch_class(optimizer_class, list(params_rref), *args, **kwargs)
 
@@ -84,7 +82,7 @@ def distributed_optimizer(optimizer_class: type, params_rref: Sequence[Any], *ar
 _ADAPTERS = (_FunctionalAdam, _FunctionalAdamW)
 
 
-def _import_optim() -> Any:
+def _import_optim() -> object:
     """`torch.distributed.optim`, imported when needed: it takes a second, and torch warns of its own TorchScript."""
     try:
         with warnings.catch_warnings():
@@ -96,7 +94,7 @@ def _import_optim() -> Any:
         ) from None
 
 
-def _table() -> dict[Any, Any]:
+def _table() -> dict[type, type]:
     table = getattr(getattr(_import_optim(), "utils", None), "functional_optim_map", None)
     if table is None:
         raise RuntimeError(

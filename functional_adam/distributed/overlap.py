@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functional_adam.interop.adapter import _FunctionalAdam, check_adapter
 
-CommHook: TypeAlias = Callable[[Any, Any], "torch.futures.Future[Tensor]"]
+CommHook: TypeAlias = Callable[..., "torch.futures.Future[Tensor]"]
 """`hook(state, bucket)`, for `DistributedDataParallel.register_comm_hook`."""
 
 
@@ -40,12 +40,12 @@ def hook_then_step(hook: CommHook, optimizer: _FunctionalAdam) -> CommHook:
 
     # DistributedDataParallel looks at these annotations.
     def reduce_and_step(
-        state: Any,
+        state: object,
         bucket: torch.distributed.GradBucket,  # pyright: ignore[reportPrivateImportUsage] (as torch documents it)
     ) -> torch.futures.Future[Tensor]:
         def step(reduced: "torch.futures.Future[Any]") -> Tensor:
             buffer: Tensor = bucket.buffer()
-            value: Any = reduced.value()
+            value = reduced.value()
             value = value if isinstance(value, Tensor) else value[0]
             if value is not buffer:
                 buffer.copy_(value.view_as(buffer))
@@ -66,14 +66,13 @@ def step_in_ddp(
     ddp: torch.nn.parallel.DistributedDataParallel,
     optimizer: _FunctionalAdam,
     *,
-    hook: Any = None,
-    state: Any = None,
+    hook: CommHook | None = None,
+    state: object = None,
 ) -> None:
     """Let every `backward()` of `ddp` update the parameters too, as soon as the gradients of a bucket are reduced.
 
-    The result is that of `backward()` and then `optimizer.step()`. Call no step of your own. Gradients stay in `.grad`
-    until they are set to None, so `zero_grad` is needed as ever. Under `ddp.no_sync()` gradients are summed, and
-    nothing is updated.
+    The result is that of `backward()` and then `optimizer.step()`: call no step of your own. Gradients stay in `.grad`,
+    so `zero_grad` is needed as ever. Under `ddp.no_sync()` gradients are summed, and nothing is updated.
 
     Args:
         ddp: the wrapped module, without a communication hook so far.
@@ -99,8 +98,7 @@ def step_in_ddp(
 
     Source: the contract of `torch.nn.parallel.DistributedDataParallel.register_comm_hook`.
     """
-    if hook is None:
-        defaults: Any = importlib.import_module("torch.distributed.algorithms.ddp_comm_hooks.default_hooks")
-        hook = defaults.allreduce_hook
+    defaults = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
+    reduce = importlib.import_module(defaults).allreduce_hook if hook is None else hook
     untyped: Any = ddp
-    untyped.register_comm_hook(untyped.process_group if state is None else state, hook_then_step(hook, optimizer))
+    untyped.register_comm_hook(untyped.process_group if state is None else state, hook_then_step(reduce, optimizer))

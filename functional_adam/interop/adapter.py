@@ -1,17 +1,17 @@
 """_FunctionalAdam and _FunctionalAdamW: the pure update behind the stateful interface that torch.distributed calls."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from functional_adam.adam.kernels import KernelName
-from functional_adam.adam.pytrees import AdamHparams, adam_init
+from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.call.arguments import Arguments, numbers_of
-from functional_adam.call.plan import plan_update
+from functional_adam.call.plan import Plan, plan_update
 from functional_adam.call.update import run_plan
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.leaves import number_fault
@@ -19,27 +19,26 @@ from functional_adam.tensors.overlap import check_apart
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
 
-Group: TypeAlias = Mapping[str, Any]
-"""A parameter group, or another dict of an optimizer, whose values torch gives no type."""
+Value: TypeAlias = Any
+"""What a dict of an optimizer holds, to which torch gives no type."""
+Group: TypeAlias = dict[str, Value]
+"""A parameter group, or another dict of an optimizer."""
 
 _BETAS = ("beta1", "beta2")  # the names in torch's functional classes
 _HPARAMS = tuple(field.name for field in fields(AdamHparams))
 
 
-class _Defaults(UserDict[str, Any]):
+class _Defaults(UserDict[str, Value]):
     """Default hyperparameters; what is set here is set in every group, as torch's class reads its `defaults`."""
 
-    def __init__(self, defaults: Group, groups: list[dict[str, Any]]) -> None:
-        self.groups: list[dict[str, Any]] = []
-        super().__init__(defaults)
-        self.groups = groups
+    groups: Sequence[Group] = ()
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> Value:
         if name not in _BETAS:
             raise KeyError(name)
         return self["betas"][_BETAS.index(name)]
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: Value) -> None:
         if name in _BETAS:
             betas = list(self["betas"])
             betas[_BETAS.index(name)] = value
@@ -49,61 +48,28 @@ class _Defaults(UserDict[str, Any]):
             group[name] = value
 
 
-class _Call(NamedTuple):
-    """The update of one group."""
-
-    group: Group
-    params: list[Tensor]
-    grads: list[Tensor]
-    rows: list[dict[str, Any]]  # the state of each parameter, updated in place
-    places: list[int]  # in the list that the caller gave, for errors
-
-    def read(self) -> Arguments:
-        """The columns of the update. They are lists from the beginning: no tree is made."""
-        hparams, count = _hparams_of_group(self.group), len(self.params)
-        batch = Batch(
-            self.params,
-            self._column("exp_avg"),
-            self._column("exp_avg_sq"),
-            self._column("max_exp_avg_sq") if hparams.amsgrad else [],
-            self.grads,
-            # A donated step object is emptied, but its memory has the new value: an alias is given away.
-            [row["step"].detach() for row in self.rows],
-        )
-        sets, places, others = numbers_of(hparams, self.params, count)
-
-        def label(root: str, index: int) -> str:
-            return f"{root}[{self.places[index]}]"
-
-        return Arguments(batch, {}, sets, places, None, None, others, True, label)
-
-    def _column(self, name: str) -> list[Any]:
-        return [row.get(name) for row in self.rows]
-
-
-def _row_of(param: Tensor, row: Group | None, group: Group) -> dict[str, Any]:
+def _row_of(param: Tensor, row: Group | None, hparams: AdamHparams) -> Group:
     """The state of `param`, to be updated in place; a fresh one if it has none."""
     if row:
         # torch keeps steps on the CPU, in the default dtype, or, long ago, as numbers.
         return {**row, "step": torch.as_tensor(row["step"], dtype=torch.float32, device=param.device)}
-    fresh = adam_init(param, _hparams_of_group(group))._asdict()
+    fresh = adam_init(param, hparams)._asdict()
     return {name: value for name, value in fresh.items() if isinstance(value, Tensor)}
 
 
 def _check_apart(calls: Sequence[Arguments]) -> None:
     """Raise RuntimeError if a group writes what another reads or writes; what is in one group, its plan checks."""
-    written = [(call, owned) for call in calls for owned in call.written()]
-    read = [(call, owned) for call in calls for owned in call.read()]
-    everything = written + read
+    written = [(call, *owned) for call in calls for owned in call.written()]
+    read = [(call, *owned) for call in calls for owned in call.read()]
 
     def name(place: int) -> str:
-        call, (root, index, _) = everything[place]
+        call, root, index, _ = (written + read)[place]
         return call.name(root, index)
 
-    check_apart([x for _, (*_, x) in written], [x for _, (*_, x) in read], name)
+    check_apart([x for *_, x in written], [x for *_, x in read], name)
 
 
-def _flag(name: str) -> Any:
+def _flag(name: str) -> Value:
     """A property: the flag of the first group. Setting it sets that of all groups."""
 
     def get(optimizer: "_FunctionalAdam") -> bool:
@@ -120,14 +86,13 @@ def _flag(name: str) -> Any:
 class _FunctionalAdam(torch.optim.Optimizer):
     """Adam as an object: `torch.distributed.optim.functional_adam._FunctionalAdam` without TorchScript.
 
-    Every step is one donated :func:`adam_update` a parameter group: parameters and moments are updated in place,
-    whatever grad mode is on. Being a `torch.optim.Optimizer` too, it takes parameter groups, learning rate schedulers
-    and hooks, and its `state_dict` is that of `torch.optim.Adam`. Hyperparameters are read from `param_groups` at each
-    step. What is set in `defaults` is set in every group; so is what is set as `amsgrad`, `maximize`, `foreach` or
-    `fused` on the optimizer, which torch's class has too.
+    Each step is one donated :func:`adam_update` per parameter group: parameters and moments are updated in place,
+    in any grad mode. As a `torch.optim.Optimizer` it takes parameter groups, learning rate schedulers and hooks; its
+    `state_dict` is that of `torch.optim.Adam`. Hyperparameters are read from `param_groups` at each step. Setting one
+    in `defaults`, or `amsgrad`, `maximize`, `foreach` or `fused` on the optimizer, sets it in every group.
 
-    Each parameter has its own `step`, a float32 tensor on the parameter's device. A call that raises changes nothing.
-    Threads may call `step_param` at once on different parameters of one instance.
+    Each parameter has its own `step`, a float32 tensor on its device. A call that raises changes nothing. Threads may
+    call `step_param` at once on different parameters of one instance.
 
     Args:
         params: parameters, pairs of name and parameter, or dicts with "params" and hyperparameters of their own.
@@ -137,7 +102,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
         weight_decay: L2 penalty in L/U^2; for `_FunctionalAdamW` decoupled, in 1/U.
         amsgrad: divide by the largest exp_avg_sq so far.
         maximize: ascend instead of descend.
-        foreach, fused: compute by the kernel of that name; if neither is set, by torch's single-tensor one.
+        foreach, fused: use the kernel of that name; if neither is set, torch's single-tensor one.
         _allow_empty_param_list: accept no parameters: `step_param` takes any, with the hyperparameters given here.
 
     Raises:
@@ -164,7 +129,7 @@ class _FunctionalAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Value],
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -182,32 +147,30 @@ class _FunctionalAdam(torch.optim.Optimizer):
             params = params or [{"params": []}]
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         flags = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": self._is_decoupled}
-        defaults: dict[str, Any] = {**numbers, **flags, "foreach": foreach, "fused": fused}
-        super().__init__(params, defaults)
+        super().__init__(params, {**numbers, **flags, "foreach": foreach, "fused": fused})
         self._bind_defaults()
 
     @property
-    def param_group(self) -> dict[str, Any]:
+    def param_group(self) -> Group:
         """The first group, which is the only one that torch's class has."""
         return self.param_groups[0]
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] (torch's functional classes put gradients first)
         self,
-        gradients: Sequence[Tensor | None] | Callable[[], Any] | None = None,
-        closure: Callable[[], Any] | None = None,
-    ) -> Any:
+        gradients: Sequence[Tensor | None] | Callable[[], object] | None = None,
+        closure: Callable[[], object] | None = None,
+    ) -> Value:
         """Update every parameter that has a gradient.
 
         Args:
-            gradients: one for each parameter, group after group, in the parameters' shapes, in L/U. A parameter whose
-                gradient is None is skipped. Without the argument, the parameters' `.grad`. A function here is the
-                closure, as in `torch.optim.Optimizer.step`.
-            closure: recomputes the loss, which is returned, and with it `.grad`, first.
+            gradients: one per parameter, group after group, in the parameters' shapes, in L/U; by default their
+                `.grad`. None skips its parameter. A function is the closure, as in `torch.optim.Optimizer.step`.
+            closure: called first; recomputes the loss, which is returned, and `.grad`.
 
         Raises:
             TypeError: `gradients` is not a list, or a gradient is sparse or of the wrong kind.
-            ValueError: there are more or fewer gradients than parameters, or a shape or device does not match.
-            RuntimeError: the kernel cannot run here, or tensors share memory. Nothing is changed by any of these.
+            ValueError: the number of gradients is not that of parameters, or a shape or device does not match.
+            RuntimeError: the kernel cannot run here, or tensors share memory.
         """
         loss = None
         if callable(gradients) and closure is None:
@@ -215,17 +178,12 @@ class _FunctionalAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if gradients is not None and not isinstance(gradients, (list, tuple)):
-            raise TypeError(
-                f"gradients is of type {type(gradients).__name__}. Expected a list of tensors and None, one for each "
-                "parameter, or a closure."
-            )
         params: list[Tensor] = [param for group in self.param_groups for param in group["params"]]
-        grads = [x.grad for x in params] if gradients is None else cast("Sequence[Tensor | None]", gradients)
+        grads = [x.grad for x in params] if gradients is None else _checked_list(gradients, "gradients")
         if len(params) != len(grads):
             raise ValueError(
-                f"gradients has length {len(grads)}, but the optimizer has {len(params)} parameters. Give one for "
-                "each, in the order of param_groups, and None for a parameter that is to be skipped."
+                f"gradients has length {len(grads)}, but the optimizer has {len(params)} parameters. "
+                "Give one for each, in the order of param_groups, and None to skip a parameter."
             )
         self.step_params(params, grads)
         return loss
@@ -250,46 +208,60 @@ class _FunctionalAdam(torch.optim.Optimizer):
                 places[owners.get(id(param), 0)].append(place)
         # Hooks call with grad mode on.
         with torch.no_grad():
-            calls = [self._call(group, own, params, grads) for group, own in zip(groups, places, strict=True) if own]
             # A failure in a later group must leave the earlier ones as they were.
-            plans = [plan_update(call.read(), _kernel_of(call.group), donate=True) for call in calls]
+            plans = [self._plan(group, own, params, grads) for group, own in zip(groups, places, strict=True) if own]
             if len(plans) > 1:
-                _check_apart([given for _, given in plans])
-            for plan, given in plans:
+                _check_apart([given for _, given, _ in plans])
+            for plan, given, _ in plans:
                 run_plan(plan, given, donate=True)
-        for call in calls:
-            for param, row in zip(call.params, call.rows, strict=True):
+        for _, given, rows in plans:
+            for param, row in zip(given.batch.params, rows, strict=True):
                 self.state[param].update(row)
         self._opt_called = True  # what lr_scheduler looks at before it warns that no step came before its own
 
-    def _call(self, group: Group, places: list[int], params: Sequence[Tensor], grads: Sequence[Any]) -> _Call:
-        own = [params[i] for i in places]
+    def _plan(
+        self, group: Group, places: list[int], params: Sequence[Tensor], grads: Sequence[Value]
+    ) -> tuple[Plan, Arguments, list[Group]]:
+        """How to update `params` and `grads` at `places`, and the states of these parameters, updated in place."""
+        hparams, own = _hparams_of(group), [params[i] for i in places]
         # Only read: other threads may be at other parameters.
-        rows = [_row_of(param, self.state.get(param), group) for param in own]
-        return _Call(group, own, [grads[i] for i in places], rows, places)
+        rows = [_row_of(param, self.state.get(param), hparams) for param in own]
+        # The columns are lists from the beginning: no tree is made.
+        moments: list[list[Value]] = [[row.get(name) for row in rows] for name in AdamState._fields[1:4]]
+        maxima = moments[2] if hparams.amsgrad else []
+        # A donated step object is emptied, but its memory has the new value: an alias is given away.
+        steps = [row["step"].detach() for row in rows]
+        batch = Batch(own, moments[0], moments[1], maxima, [grads[i] for i in places], steps)
+        sets, set_of, others = numbers_of(hparams, own, len(own))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        def label(root: str, index: int) -> str:
+            return f"{root}[{places[index]}]"
+
+        given = Arguments(batch, {}, sets, set_of, None, None, others, True, label)
+        return *plan_update(given, _kernel_of(group), donate=True), rows
+
+    def add_param_group(self, param_group: Group) -> None:
         """As in `torch.optim.Optimizer`; the hyperparameters are checked first."""
         group = {**self.defaults, **param_group}
-        _hparams_of_group(group)
+        _hparams_of(group)
         _kernel_of(group)
         super().add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Group:
         """As in `torch.optim.Optimizer`, whose format counts parameters through the groups."""
         known = {id(param) for group in self.param_groups for param in group["params"]}
         strangers = [param for param in self.state if id(param) not in known]
         if strangers:
             raise RuntimeError(
-                f"There is state for {len(strangers)} parameters that are in no group, so that a state_dict cannot "
-                "number them. Add them, in the order of model.parameters(), with add_param_group."
+                f"There is state for {len(strangers)} parameters that are in no group, which a state_dict cannot "
+                "number. Add them, in the order of model.parameters(), with add_param_group."
             )
         return super().state_dict()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Group:
         return {**super().__getstate__(), "defaults": dict(self.defaults)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Group) -> None:
         super().__setstate__(state)
         self._bind_defaults()
         for group in self.param_groups:
@@ -299,7 +271,9 @@ class _FunctionalAdam(torch.optim.Optimizer):
             group["decoupled_weight_decay"] |= self._is_decoupled
 
     def _bind_defaults(self) -> None:
-        self.defaults: MutableMapping[str, Any] = _Defaults(self.defaults, self.param_groups)
+        defaults = _Defaults(self.defaults)
+        defaults.groups = self.param_groups  # after the defaults: groups may have others
+        self.defaults: MutableMapping[str, Value] = defaults
 
 
 class _FunctionalAdamW(_FunctionalAdam):
@@ -318,7 +292,7 @@ class _FunctionalAdamW(_FunctionalAdam):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Value],
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -334,17 +308,21 @@ class _FunctionalAdamW(_FunctionalAdam):
         )
 
 
-def check_adapter(optimizer: Any) -> None:
+def check_adapter(optimizer: object) -> None:
     """Raise TypeError unless `optimizer` is one of these."""
     if not isinstance(optimizer, _FunctionalAdam):
         raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")
 
 
-def _check_pairs(params: Any, grads: Any) -> None:
+def _checked_list(given: object, name: str) -> Sequence[Value]:
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} is of type {type(given).__name__}. Expected a list, with one entry per parameter.")
+    return cast("Sequence[Value]", given)
+
+
+def _check_pairs(params: object, grads: object) -> None:
     """Raise unless these are two lists of one length, the first of tensors."""
-    for name, given in (("params", params), ("grads", grads)):
-        if not isinstance(given, (list, tuple)):
-            raise TypeError(f"{name} is of type {type(given).__name__}. Expected a list.")
+    params, grads = _checked_list(params, "params"), _checked_list(grads, "grads")
     if len(params) != len(grads):
         raise ValueError(f"There are {len(params)} params, but {len(grads)} grads. Expected one for each.")
     for place, param in enumerate(params):
@@ -352,23 +330,19 @@ def _check_pairs(params: Any, grads: Any) -> None:
             raise TypeError(f"params[{place}] is of type {type(param).__name__}. Expected a tensor.")
 
 
-def _hparams_of_group(group: Group) -> AdamHparams:
+def _hparams_of(group: Group) -> AdamHparams:
     """The hyperparameters of a group; raise if they are none."""
     return AdamHparams(**{name: _without_dimensions(group[name], name) for name in _HPARAMS})
 
 
-def _without_dimensions(value: Any, name: str) -> Any:
+def _without_dimensions(value: Value, name: str) -> Value:
     """`value`, where a tensor of one element may have any shape, as in torch.optim."""
     if isinstance(value, (list, tuple)):
-        items = cast("Sequence[Any]", value)
-        return [_without_dimensions(x, f"{name}[{i}]") for i, x in enumerate(items)]
+        return [_without_dimensions(x, f"{name}[{i}]") for i, x in enumerate(cast("Sequence[Value]", value))]
     if not isinstance(value, Tensor) or number_fault(value) or not value.shape:
         return value
     if value.numel() != 1:
-        raise ValueError(
-            f"Tensor {name} must be 1-element, but it has shape {tuple(value.shape)}. "
-            "Give each parameter group a number of its own."
-        )
+        raise ValueError(f"Tensor {name} must be 1-element, but it has shape {tuple(value.shape)}. Split the group.")
     return value.reshape(())
 
 

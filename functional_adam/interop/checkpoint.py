@@ -1,18 +1,13 @@
 """The state as a flat dict of tensors, for torch.save, torch.distributed.checkpoint and safetensors, both ways."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from functional_adam.adam.pytrees import (
-    AdamHparams,
-    AdamState,
-    adam_init,
-    check_scalar,
-    is_spent,
-)
+from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init, check_scalar, is_spent
 from functional_adam.tensors.leaves import check_fit, number_fault, tensor_fault, to_float
 from functional_adam.tensors.trees import TensorTree, flatten
 
@@ -22,8 +17,8 @@ _FORMAT = 1  # A change of keys or values is a new number, and the old formats s
 def state_to_dict(state: AdamState) -> dict[str, Tensor]:
     """The state as a flat dict of contiguous tensors, for `torch.save`, torch.distributed.checkpoint or safetensors.
 
-    A key is the path of its tensor as Python code: `"exp_avg['layer'][0]"`. A shared step is `"step"`. The key
-    `"format"` holds the number of this format. Hyperparameters are not in it.
+    A key is the path of its tensor as Python code: `"exp_avg['layer'][0]"`; a shared step is `"step"`. `"format"` holds
+    the number of this format. Hyperparameters are not included.
 
     Args:
         state: any state, also a stacked one.
@@ -83,11 +78,9 @@ def state_from_dict(flat: Mapping[str, Tensor], params: TensorTree, hparams: Ada
     places = {field + path: (field, path, leaf) for field, path, leaf in _fields_and_paths(template)}
     missing = [key for key in places if key not in flat]
     extra = [key for key in flat if key not in places and key != "format"]
-    if missing or extra:
-        faults = [f"lacks {listed(missing)}"] * bool(missing) + [f"has the extra {listed(extra)}"] * bool(extra)
-        raise ValueError(
-            f"flat {' and '.join(faults)}. Give the params that the state was made with, and hparams with its amsgrad."
-        )
+    faults = differences({"lacks": missing, "has the extra": extra})
+    if faults:
+        raise ValueError(f"flat {faults}. Give the params that the state was made with, and hparams with its amsgrad.")
     moments = [leaf for field, _, leaf in places.values() if field == "exp_avg"]
     values: list[Tensor] = []
     for key, (field, path, place) in places.items():
@@ -109,46 +102,45 @@ def _fields_and_paths(state: AdamState) -> list[tuple[str, str, Tensor]]:
     ]
 
 
-def _check_format(flat: Any) -> None:
+def _check_format(flat: object) -> None:
     if not isinstance(flat, Mapping):
         raise TypeError(f"flat is of type {type(flat).__name__}, expected a dict of tensors, as state_to_dict makes.")
-    number = flat.get("format")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    number = cast("Mapping[object, object]", flat).get("format")
     if not isinstance(number, Tensor) or number_fault(number) or number.is_meta or number.numel() != 1:
         raise ValueError("flat has no number under 'format'. Expected a dict that state_to_dict has made.")
     if number.item() != _FORMAT:
-        raise ValueError(
-            f"flat is of format {number.item()}, but this version reads format {_FORMAT}. Load it with the version "
-            "that wrote it, or a later one."
-        )
+        got = f"flat is of format {number.item()}, but this version reads format {_FORMAT}."
+        raise ValueError(f"{got} Load it with the version that wrote it, or a later one.")
 
 
-def copy_into(place: Tensor, value: Any, where: str, like: str) -> Tensor:
+def copy_into(place: Tensor, value: Tensor, where: str, like: str) -> Tensor:
     """A copy of `value` with the device and layout of `place`, and its own dtype."""
     advice = "Give the params that the state was made with, in the same order."
     check_fit(value, place, lambda root, _: like if root == "params" else where, "", 0, advice, any_device=True)
-    _check_has_values(value, where, place)
+    if not place.is_meta:
+        check_has_values(value, where)
     return torch.empty_like(place, dtype=value.dtype).copy_(value.detach())
 
 
-def _check_has_values(value: Tensor, where: str, place: Tensor | None = None) -> None:
-    if value.is_meta and not (place is not None and place.is_meta):
+def check_has_values(value: object, where: str) -> None:
+    """Raise ValueError if `value` is a tensor on meta."""
+    if isinstance(value, Tensor) and value.is_meta:
         raise ValueError(f"{where} is on meta, where there are no values. Load it to a device.")
 
 
-def read_step(value: Any, where: str) -> Tensor:
+def read_step(value: Real | Tensor, where: str) -> Tensor:
     """`value` as a float32 tensor, if it counts something."""
     check_scalar(value, where)
+    check_has_values(value, where)
     if not isinstance(value, Tensor):
         value = torch.tensor(to_float(value, where), dtype=torch.float64, device="cpu")
-    step = value.detach()
-    _check_has_values(step, where)
-    step = step.to(torch.float32)
+    step = value.detach().to(torch.float32)
     if not bool(((step >= 0) & (step == step.floor()) & step.isfinite()).all()):
         raise ValueError(f"{where} is {value}, expected a whole number of updates, 0 or more.")
     return step
 
 
-def _step_like(place: Tensor, value: Any, where: str, moments: Sequence[Tensor]) -> Tensor:
+def _step_like(place: Tensor, value: Tensor, where: str, moments: Sequence[Tensor]) -> Tensor:
     """A copy of `value` on the device of `place`; it is stacked only if the `moments` that it counts for are."""
     step = read_step(value, where)
     is_prefix = all(moment.shape[: step.dim()] == step.shape for moment in moments)
@@ -159,6 +151,11 @@ def _step_like(place: Tensor, value: Any, where: str, moments: Sequence[Tensor])
     return (step.flatten()[0] if agree else step).to(place.device, copy=True).expand(step.shape)
 
 
-def listed(items: Sequence[Any]) -> str:
+def differences(keys_by_verb: Mapping[str, Sequence[object]]) -> str:
+    """What is wrong with some keys, for an error: `lacks 'a' and has the extra 'b'`, or nothing."""
+    return " and ".join(f"{verb} {listed(keys)}" for verb, keys in keys_by_verb.items() if keys)
+
+
+def listed(items: Sequence[object]) -> str:
     """The first few of `items`, for an error."""
     return ", ".join(map(repr, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")

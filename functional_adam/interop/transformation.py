@@ -1,6 +1,7 @@
 """Adam in the shape of optax and TorchOpt: a pair (init, update), and apply_updates."""
 
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -76,13 +77,12 @@ def adam(
 
     The state is the `AdamState` of `adam_init`, and depends on no number: for a schedule make an `adam(lr=...)` a step.
 
-    `update` returns what is to be added to the parameters, in U, of the dtype of `params` (without them: of the
-    moments). Without weight decay it is the update of a parameter that is 0, exactly rounded, and needs no `params`.
-    With weight decay it is the difference of the new and the old parameters. `apply_updates(params, updates)` is then
-    what `adam_update` gives, up to one rounding of the update and one of the sum.
-
-    With `inplace` the tensors of `state` are written, `state` itself is returned, and nothing is recorded. Gradients
-    are never written. A list may stand for a tuple at the root of a tree, as in code that is written for TorchOpt.
+    `update` returns what to add to the parameters, in U, of the dtype of `params` (without them: of the moments).
+    Without weight decay it needs no `params`, and is the update of a parameter that is 0, exactly rounded; with it, it
+    is the difference of the new and the old parameters. `apply_updates(params, updates)` then gives what `adam_update`
+    does, up to one rounding of the update and one of the sum. With `inplace` the tensors of `state` are written,
+    `state` itself is returned, and nothing is recorded. Gradients are never written. As in TorchOpt, a list may stand
+    for a tuple at the root of a tree.
 
     Args:
         lr: learning rate, in U. This and the following are those of `AdamHparams`.
@@ -97,8 +97,8 @@ def adam(
 
     Raises:
         TypeError: as `AdamHparams`.
-        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: there is weight decay and `params` is None,
-            or the state has master parameters, which updates are not added to.
+        ValueError: as `AdamHparams`, or an unknown kernel; from `update`: weight decay without `params`, or a state
+            with master parameters, which updates are not added to.
         RuntimeError: from `update` with `inplace`: the gradients or the state are tracked.
 
     Example:
@@ -111,15 +111,8 @@ def adam(
     Source: Kingma and Ba, https://arxiv.org/abs/1412.6980; the shape is that of `optax.adam` and `torchopt.adam`.
     """
     check_kernel_name(kernel)
-    hparams = AdamHparams(
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        amsgrad=amsgrad,
-        maximize=maximize,
-        decoupled_weight_decay=decoupled_weight_decay,
-    )
+    flags = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled_weight_decay}
+    hparams = AdamHparams(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **flags)
     optimizer = _Adam(hparams, kernel, per_leaf_step)
     return GradientTransformation(optimizer.init, optimizer.update)
 
@@ -141,10 +134,7 @@ class _Adam(NamedTuple):
         # A tensor may be traced, or lie on an accelerator: it is not read.
         has_decay = isinstance(weight_decay, Tensor) or weight_decay != 0
         if has_decay and params is None:
-            raise ValueError(
-                f"params is None, but weight_decay is {weight_decay}: the update depends on the parameters. "
-                "Call update(grads, state, params)."
-            )
+            raise ValueError(f"params is None, but weight_decay is {weight_decay}. Call update(grads, state, params).")
         check_flag(inplace, "inplace")
         if not isinstance(state, AdamState):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -157,16 +147,19 @@ class _Adam(NamedTuple):
                 "Use adam_update, or a state without copies."
             )
         like = in_kind_of(state.exp_avg, state.exp_avg if params is None else params)
+        if inplace and has_decay:
+            like = _map_tensors(Tensor.detach, like)
         # Without weight decay an update does not depend on the parameter: that of 0 is the update itself, not rounded.
-        old = like if has_decay and not inplace else map_leaves(_detached_copy if has_decay else _zeros, like)
+        copy = torch.clone if has_decay else torch.zeros_like
+        old = _map_tensors(copy, like) if inplace or not has_decay else like
         # Donation empties the step of its state, but the caller may go on with it.
-        own = state._replace(step=map_leaves(_copy, state.step)) if inplace else state
+        own = state._replace(step=_map_tensors(torch.clone, state.step)) if inplace else state
         new, result = adam_update(old, grads, own, self.hparams, kernel=self.kernel, donate=inplace)
         if inplace:
             steps, treespec = flatten(state.step)
             for step, counted in zip(steps, flatten_like(treespec, result.step, "step", state.step), strict=True):
                 step.copy_(counted)
-        updates = map_leaves(torch.sub, new, map_leaves(Tensor.detach, like) if inplace else like) if has_decay else new
+        updates = map_leaves(torch.sub, new, like) if has_decay else new
         return in_kind_of(grads, updates), state if inplace else result
 
 
@@ -216,14 +209,10 @@ def apply_updates(params: Params, updates: TensorTree, *, inplace: bool = False)
     return cast("Params", treespec.unflatten(new))
 
 
-# What is no leaf stays as it is, for adam_update to say so.
-def _zeros(x: Any) -> Any:
-    return x if tensor_fault(x) else torch.zeros_like(x, requires_grad=False)
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: TensorTree) -> TensorTree:
+    """`function` of each leaf. What cannot be one stays as it is, for adam_update to say so."""
 
+    def map_one(x: Tensor) -> Tensor:
+        return x if tensor_fault(x) else function(x)
 
-def _copy(x: Any) -> Any:
-    return x if tensor_fault(x) else x.clone()
-
-
-def _detached_copy(x: Any) -> Any:
-    return x if tensor_fault(x) else x.detach().clone()
+    return map_leaves(map_one, tree)
