@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import optree
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 from functional_adam.tensors.leaves import DTYPES, MASTER_DTYPES, check_flag, check_params, number_fault, to_float
 from functional_adam.tensors.printing import shown
 from functional_adam.tensors.tracking import is_readable, is_tracing
-from functional_adam.tensors.trees import TensorTree, flatten, labels_of, leaves_of, path_of, unflatten
+from functional_adam.tensors.trees import TensorTree, Tree, flatten, labels_of, leaves_of, unflatten
 
-ScalarTree: TypeAlias = Any
-"""A `Scalar`, or a pytree of them that is a prefix of params. optree sets no bound on what a node is."""
+ScalarTree: TypeAlias = Tree
+"""A `Scalar`, or a pytree of them that is a prefix of params."""
 
 _STRUCTURE = {"pytree_node": False}  # to optree, a field that is no child
 
@@ -31,15 +31,13 @@ class AdamHparams:
     """The hyperparameters of :func:`adam_update`, with the names, defaults and messages of `torch.optim.Adam`.
 
     Each number is a Python number or a 0-dim tensor, or a pytree of them that is a prefix of `params`: what stands at
-    a node of it holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`, and where `params` have None
-    it may have None. A tensor can be mapped,
-    differentiated, or changed between the calls of a compiled update without recompiling it; it counts at its own
-    value, so that a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with `torch.func.vmap`, give
-    them stacked, as a 1-dim tensor. Numbers are the leaves of this pytree, flags are part of its structure.
+    a node holds for all leaves below, as in `lr={"backbone": 1e-5, "head": 1e-3}`; None may stand where `params` have
+    None. A tensor can be mapped, differentiated, or changed between calls of a compiled update without recompiling it;
+    it counts at its own value, so that a float32 tensor 1e-3 is not the Python 1e-3. To map over several values with
+    `torch.func.vmap`, stack them in a 1-dim tensor. Numbers are the leaves of this pytree, flags are its structure.
 
-    Values are checked here, once. Rebuilding from leaves (`vmap`, `grad`, `tree_map`) checks nothing, because the
-    leaves may then be gradients or placeholders. A tensor on an accelerator, or one that is traced, mapped or
-    differentiated, is not read, so its value is not checked.
+    Values are checked here, once. Rebuilding from leaves (`vmap`, `grad`, `tree_map`) checks nothing: the leaves may be
+    gradients or placeholders. A tensor on an accelerator, or a traced, mapped or differentiated one, is not checked.
 
     Args:
         lr: learning rate, in units U of the parameters.
@@ -75,24 +73,22 @@ class AdamHparams:
     decoupled_weight_decay: bool = field(default=False, metadata=_STRUCTURE)
 
     def __post_init__(self) -> None:
-        betas: Any = self.betas
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        betas = cast("Sequence[ScalarTree]", self.betas)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"Invalid betas: {betas!r}. Expected a pair of numbers (beta1, beta2).")
-        object.__setattr__(self, "betas", tuple(betas))  # pyright: ignore[reportUnknownArgumentType]
-        _check_range(self.lr, NUMBER_NAMES[0], "learning rate")
-        _check_range(self.betas[0], NUMBER_NAMES[1], "beta parameter at index 0", below=1.0)
-        _check_range(self.betas[1], NUMBER_NAMES[2], "beta parameter at index 1", below=1.0)
-        _check_range(self.eps, NUMBER_NAMES[3], "epsilon value")
-        _check_range(self.weight_decay, NUMBER_NAMES[4], "weight_decay value")
+        object.__setattr__(self, "betas", tuple(betas))
+        for (where, (what, below)), number in zip(_RANGES.items(), self.numbers(), strict=True):
+            for place, value in _leaves(number, where):
+                _check_range(value, place, what if place == where else f"{what} at {place}", below)
         self._check_flags()
 
-    def __setstate__(self, saved: Any) -> None:
+    def __setstate__(self, saved: Mapping[str, object]) -> None:
         """Rebuild a copy, or what a file holds: values are not checked, fields that an older file lacks are added."""
-        defaults: dict[str, Any] = {x.name: x.default for x in fields(self)}
+        defaults: dict[str, object] = {x.name: x.default for x in fields(self)}
         if not isinstance(saved, dict) or not saved.keys() <= defaults.keys():
-            got = list(saved) if isinstance(saved, dict) else type(saved).__name__  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            got = [*saved] if isinstance(saved, dict) else type(saved).__name__
             raise TypeError(
-                f"A saved AdamHparams holds {got}. Expected a dict with the keys {list(defaults)}: load it with the "
+                f"A saved AdamHparams holds {got}. Expected a dict with the keys {[*defaults]}: load it with the "
                 "version of functional_adam that saved it, or a later one."
             )
         vars(self).update(defaults | saved)
@@ -100,7 +96,7 @@ class AdamHparams:
 
     def _check_flags(self) -> None:
         for name in _FLAGS:
-            flag: Any = getattr(self, name)
+            flag = getattr(self, name)
             if not isinstance(flag, bool):
                 raise TypeError(f"hparams.{name} is {flag!r}. Expected True or False: flags are structure, not data.")
 
@@ -109,28 +105,35 @@ class AdamHparams:
         return self.lr, *self.betas, self.eps, self.weight_decay
 
 
-NUMBER_NAMES = ("hparams.lr", "hparams.betas[0]", "hparams.betas[1]", "hparams.eps", "hparams.weight_decay")
+_RANGES = {  # of each number: what torch.optim.Adam calls it, and the bound below which it is
+    "hparams.lr": ("learning rate", math.inf),
+    "hparams.betas[0]": ("beta parameter at index 0", 1.0),
+    "hparams.betas[1]": ("beta parameter at index 1", 1.0),
+    "hparams.eps": ("epsilon value", math.inf),
+    "hparams.weight_decay": ("weight_decay value", math.inf),
+}
+NUMBER_NAMES = tuple(_RANGES)
+_CHILDREN = ("lr", "betas", "eps", "weight_decay")
 _FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
-_NUMBERS = ("lr", "betas", "eps", "weight_decay")
 
 
-def check_scalar(value: Any, where: str) -> None:
+def check_scalar(value: object, where: str) -> None:
     """Raise unless `value` can stand for a number: real, not a flag, and not too large."""
     if isinstance(value, AdamHparams):
         raise TypeError(f"{where} is an AdamHparams. Expected a number or a 0-dim tensor: give one of its numbers.")
     if isinstance(value, Tensor):
         fault = number_fault(value)
-        if fault or value.dtype is torch.bool:
-            raise TypeError(
-                f"{where} {fault or 'is a tensor of torch.bool. Expected a real tensor: convert it first.'}"
-            )
+        if not fault and value.dtype is torch.bool:
+            fault = "is a tensor of torch.bool. Expected a real tensor: convert it first."
+        if fault:
+            raise TypeError(f"{where} {fault}")
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where} is {value!r} ({type(value).__name__}). Expected a number or a 0-dim tensor.")
     else:
         to_float(value, where)
 
 
-def check_hparams_type(hparams: Any) -> None:
+def check_hparams_type(hparams: object) -> None:
     """Raise TypeError unless `hparams` is an AdamHparams."""
     if not isinstance(hparams, AdamHparams):
         raise TypeError(
@@ -139,7 +142,7 @@ def check_hparams_type(hparams: Any) -> None:
         )
 
 
-def check_hparams(hparams: Any) -> None:
+def check_hparams(hparams: AdamHparams) -> None:
     """Raise unless `hparams` holds single numbers or trees of them: stacked or rebuilt hyperparameters may not."""
     check_hparams_type(hparams)
     for name, number in zip(NUMBER_NAMES, hparams.numbers(), strict=True):
@@ -154,7 +157,7 @@ def check_hparams(hparams: Any) -> None:
                 )
 
 
-def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
+def _leaves(number: ScalarTree, name: str) -> list[tuple[str, ScalarTree]]:
     """The scalars of `number` and where they are. None within a tree stands where params have None."""
     if number is None or isinstance(number, (Tensor, Real)):
         return [(name, number)]
@@ -164,77 +167,64 @@ def _leaves(number: ScalarTree, name: str) -> list[tuple[str, Any]]:
     return [(path.codify(name), leaf) for path, leaf in zip(treespec.accessors(), leaves, strict=True)]
 
 
-def _is_hparams(x: Any) -> bool:
+def _is_hparams(x: object) -> bool:
     """A pytree too, but of no parameters."""
     return isinstance(x, AdamHparams)
 
 
-def _check_range(number: ScalarTree, where: str, what: str, *, below: float = math.inf) -> None:
-    for place, value in _leaves(number, where):
-        _check_one(value, place, what if place == where else f"{what} at {place}", below)
-
-
-def _check_one(value: Any, where: str, what: str, below: float) -> None:
+def _check_range(value: ScalarTree, where: str, what: str, below: float) -> None:
     check_scalar(value, where)
-    if isinstance(value, Tensor):
-        if not is_readable(value):
-            return
-        in_range = bool(((value >= 0.0) & ((value < below) | (below == math.inf))).all())
-    else:
-        in_range = value >= 0.0 and (value < below or below == math.inf)
-    if not in_range:
+    if isinstance(value, Tensor) and not is_readable(value):
+        return
+    in_range = (value >= 0.0) & ((value < below) | (below == math.inf))
+    if not (in_range.all() if isinstance(in_range, Tensor) else in_range):
         expected = "a number >= 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ValueError(f"Invalid {what}: {value}. Expected {expected}.")
 
 
-def _flatten(hparams: Any) -> tuple[list[Any], tuple[bool, ...]]:
-    return [getattr(hparams, name) for name in _NUMBERS], tuple(getattr(hparams, name) for name in _FLAGS)
+def _flatten(hparams: AdamHparams) -> tuple[list[ScalarTree], tuple[bool, ...]]:
+    return [getattr(hparams, name) for name in _CHILDREN], tuple(getattr(hparams, name) for name in _FLAGS)
 
 
-def _unflatten(numbers: Iterable[Any], flags: Any) -> AdamHparams:
+def _unflatten(numbers: Iterable[ScalarTree], flags: Iterable[bool]) -> AdamHparams:
     hparams = object.__new__(AdamHparams)
-    for name, value in zip(_NUMBERS + _FLAGS, (*numbers, *flags), strict=True):
+    for name, value in zip(_CHILDREN + _FLAGS, (*numbers, *flags), strict=True):
         object.__setattr__(hparams, name, value)
     return hparams
 
 
-def _flatten_with_keys(hparams: Any) -> tuple[list[tuple[Any, Any]], tuple[bool, ...]]:
+def _flatten_with_keys(hparams: AdamHparams) -> tuple[list[tuple[ScalarTree, ScalarTree]], tuple[bool, ...]]:
     numbers, flags = _flatten(hparams)
-    return [(torch_pytree.GetAttrKey(name), number) for name, number in zip(_NUMBERS, numbers, strict=True)], flags
+    return [(torch_pytree.GetAttrKey(name), number) for name, number in zip(_CHILDREN, numbers, strict=True)], flags
 
 
-def _flatten_with_entries(hparams: Any) -> tuple[list[Any], tuple[bool, ...], tuple[str, ...]]:
-    return *_flatten(hparams), _NUMBERS
+def _flatten_with_entries(hparams: AdamHparams) -> tuple[list[ScalarTree], tuple[bool, ...], tuple[str, ...]]:
+    return *_flatten(hparams), _CHILDREN
 
 
-def _register() -> None:
-    # optree's public names cannot do both: its global namespace, and one's own way to rebuild.
-    namespace: Any = getattr(importlib.import_module("optree.registry"), "__GLOBAL_NAMESPACE", None)
-    if namespace is None:
-        # Then optree rebuilds through __init__, which checks values once more: a tree_map to negative numbers raises.
-        importlib.import_module("optree.dataclasses").register_node(AdamHparams, namespace="")
-    else:
-        register: Any = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
-        register(
-            AdamHparams,
-            _flatten_with_entries,
-            lambda flags, numbers: _unflatten(numbers, flags),  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
-            path_entry_type=optree.GetAttrEntry,
-            namespace=namespace,
-        )
-    # torch.func flattens with torch's own pytree, not with optree.
-    torch_pytree.register_pytree_node(
+# optree's public names cannot do both: its global namespace, and one's own way to rebuild.
+_namespace = getattr(importlib.import_module("optree.registry"), "__GLOBAL_NAMESPACE", None)
+if _namespace is None:
+    # Then optree rebuilds through __init__, which checks values once more: a tree_map to negative numbers raises.
+    importlib.import_module("optree.dataclasses").register_node(AdamHparams, namespace="")
+else:
+    getattr(optree, "register_pytree_node")(  # noqa: B009 (optree's types want a collection)
         AdamHparams,
-        _flatten,
-        _unflatten,
-        serialized_type_name="functional_adam.AdamHparams",
-        to_dumpable_context=list,
-        from_dumpable_context=tuple,
-        flatten_with_keys_fn=_flatten_with_keys,
+        _flatten_with_entries,
+        lambda flags, numbers: _unflatten(numbers, flags),  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+        path_entry_type=optree.GetAttrEntry,
+        namespace=_namespace,
     )
-
-
-_register()
+# torch.func flattens with torch's own pytree, not with optree.
+torch_pytree.register_pytree_node(
+    AdamHparams,
+    _flatten,
+    _unflatten,
+    serialized_type_name="functional_adam.AdamHparams",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 class AdamState(NamedTuple):
@@ -272,15 +262,16 @@ class AdamState(NamedTuple):
         return f"AdamState({', '.join(f'{name}={text}' for name, text in zip(self._fields, texts, strict=True))})"
 
 
-_serialization: Any = torch.serialization
 for _class, _old_home in ((AdamHparams, "functional_adam.hparams"), (AdamState, "functional_adam.state")):
     # A pickle names the module of a class. Those of version 0.1.0 name these.
     sys.modules.setdefault(_old_home, sys.modules[__name__])
     # For torch.load(..., weights_only=True).
-    _serialization.add_safe_globals([_class, (_class, f"{_old_home}.{_class.__name__}")])
+    getattr(torch.serialization, "add_safe_globals")(  # noqa: B009 (torch gives it no type)
+        [_class, (_class, f"{_old_home}.{_class.__name__}")]
+    )
 
 
-def is_spent(step: Any) -> bool:
+def is_spent(step: object) -> bool:
     """Whether `step` belongs to a state that was donated: `replace_steps_` has emptied it."""
     return isinstance(step, Tensor) and step.shape == (0,)
 
@@ -295,15 +286,14 @@ def adam_init(
 ) -> AdamState:
     """The state before the first update: step 0, all moments 0.
 
-    Moments have the shape, device, layout (and DTensor placement) of their parameters. Their dtype is that of the
-    parameter, or of its master copy if it has one, unless `moment_dtype` is given. An update computes in the wider of
-    both.
+    Moments have the shape, device, layout (and DTensor placement) of their parameters, and the dtype of the parameter,
+    or of its master copy, unless `moment_dtype` is given. An update computes in the wider of both.
 
     Args:
         params: pytree of floating or complex tensors of any shape, in units U.
         hparams: decides, by `amsgrad`, whether the largest exp_avg_sq is kept.
         per_leaf_step: count updates leaf by leaf. Needed when leaves live on several devices, and for gradients
-            that are None, whose leaves then stand still.
+            that are None, whose leaves are then skipped.
         moment_dtype: floating dtype of all moments; those of complex parameters have its complex form.
         master_params: keep float32 copies of parameters of less precision. The copies are updated, and the parameters
             are the copies, rounded: changes too small for the parameters add up.
@@ -330,39 +320,34 @@ def adam_init(
     check_flag(per_leaf_step, "per_leaf_step")
     check_flag(master_params, "master_params")
     leaves, treespec = flatten(params)
-    check_params(leaves, labels_of(treespec))
+    label = labels_of(treespec)
+    check_params(leaves, label)
+    devices = [leaf.device for leaf in leaves]
+    if not per_leaf_step:
+        for index, device in enumerate(devices):
+            if device != devices[0]:
+                raise ValueError(
+                    f"{label('params', index)} is on {device}, but {label('params', 0)} is on {devices[0]}. "
+                    "A shared step has one device: pass per_leaf_step=True."
+                )
+        devices = devices[:1] or [torch.device("cpu")]
+    dtypes = [_moment_dtype(leaf, moment_dtype, has_master=master_params) for leaf in leaves]
     with torch.no_grad():
-        if per_leaf_step:
-            step: TensorTree = unflatten(treespec, [_zero_step(leaf.device) for leaf in leaves], params)
-        else:
-            device = leaves[0].device if leaves else torch.device("cpu")
-            for index, leaf in enumerate(leaves):
-                if leaf.device != device:
-                    raise ValueError(
-                        f"{path_of(treespec, index, 'params')} is on {leaf.device}, but "
-                        f"{path_of(treespec, 0, 'params')} is on {device}. A shared step has one device: "
-                        "pass per_leaf_step=True."
-                    )
-            step = _zero_step(device)
-        dtypes = [_moment_dtype(leaf, moment_dtype, has_master=master_params) for leaf in leaves]
+        steps = [torch.zeros((), dtype=torch.float32, device=device) for device in devices]
 
         def zeros() -> TensorTree:
             return treespec.unflatten([torch.zeros_like(x, dtype=d) for x, d in zip(leaves, dtypes, strict=True)])
 
         return AdamState(
-            step=step,
+            step=unflatten(treespec, steps, params) if per_leaf_step else steps[0],
             exp_avg=zeros(),
             exp_avg_sq=zeros(),
             max_exp_avg_sq=zeros() if hparams.amsgrad else (),
-            master_params=unflatten(treespec, [_master_of(leaf) for leaf in leaves], params) if master_params else (),
+            master_params=unflatten(treespec, map(_master_of, leaves), params) if master_params else (),
         )
 
 
-def _zero_step(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=device)
-
-
-def _moment_dtype(param: Tensor, chosen: Any, *, has_master: bool) -> torch.dtype:
+def _moment_dtype(param: Tensor, chosen: object, *, has_master: bool) -> torch.dtype:
     if chosen is None:
         return MASTER_DTYPES.get(param.dtype, param.dtype) if has_master else param.dtype
     if not isinstance(chosen, torch.dtype) or chosen not in DTYPES or chosen.is_complex:
@@ -374,6 +359,6 @@ def _moment_dtype(param: Tensor, chosen: Any, *, has_master: bool) -> torch.dtyp
     return chosen.to_complex()
 
 
-def _master_of(param: Tensor) -> Any:
+def _master_of(param: Tensor) -> Tensor | tuple[()]:
     wide = MASTER_DTYPES.get(param.dtype)
     return () if wide is None else param.detach().to(wide)

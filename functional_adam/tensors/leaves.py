@@ -1,6 +1,6 @@
 """What makes a tensor fit to be a leaf of an update, and to stand beside another one; how DTensors are placed."""
 
-from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MappingView, Sequence
 from numbers import Real
 from operator import attrgetter
 from typing import Any, TypeAlias
@@ -24,6 +24,9 @@ _NUMBER_DTYPES = {*_FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, to
 MASTER_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 """Of parameters that can have a copy of more precision, and of that."""
 
+DTensor: TypeAlias = Any
+"""As a type: torch.distributed.tensor is slow to import, and not in every build."""
+
 Label: TypeAlias = Callable[[str, int], str]
 """The name of leaf `index` of the tree `root`, such as `grads['w']`."""
 
@@ -37,12 +40,11 @@ def check_params(params: Sequence[object], label: Label) -> None:
         fault = tensor_fault(param)
         if fault:
             if isinstance(param, _HOLDERS):
-                expected = "Expected tensors: pass {name: p.detach() for name, p in model.named_parameters()}."
-                fault = f"is of type {type(param).__name__}. {expected}"
+                fault += " You can pass {name: p.detach() for name, p in model.named_parameters()}."
             raise TypeError(f"{label('params', index)} {fault}")
 
 
-def check_masters(params: Mapping[int, Tensor], masters: Sequence[Any], label: Label) -> None:
+def check_masters(params: Mapping[int, Tensor], masters: Sequence[object], label: Label) -> None:
     """Raise unless the master of each of `params`, which are those that have one, is a wider copy of it."""
     for index, param in params.items():
         master, expected = masters[index], MASTER_DTYPES.get(param.dtype)
@@ -120,22 +122,19 @@ def tensor_fault(x: object) -> str | None:
     """Why `x` cannot be a leaf, or None."""
     if not isinstance(x, Tensor):
         return f"is of type {type(x).__name__}. Expected a tensor."
-    layout = foreign_layout(x)
-    if layout:
-        return f"has the layout {layout}. Expected a dense tensor: convert it with .to_dense() or take it out."
-    if x.dtype not in DTYPES:
-        return f"is of {x.dtype}. Expected a floating or complex dtype: convert it or take it out."
-    return class_fault(x)
+    return _fault(x, DTYPES, "is of {}. Expected a floating or complex dtype: convert it first.")
 
 
 def number_fault(tensor: Tensor) -> str | None:
     """Why `tensor` holds no numbers to compute with, or None."""
-    layout = foreign_layout(tensor)
+    return _fault(tensor, _NUMBER_DTYPES, "is a tensor of {}. Expected a real tensor: convert it first.")
+
+
+def _fault(x: Tensor, dtypes: Collection[torch.dtype], text: str) -> str | None:
+    layout = foreign_layout(x)
     if layout:
-        return f"has the layout {layout}. Expected a number or a dense tensor."
-    if tensor.dtype not in _NUMBER_DTYPES:
-        return f"is a tensor of {tensor.dtype}. Expected a real tensor: convert it first."
-    return class_fault(tensor)
+        return f"has the layout {layout}. Expected a dense tensor: convert it with .to_dense()."
+    return class_fault(x) if x.dtype in dtypes else text.format(x.dtype)
 
 
 def to_float(value: Real, where: str) -> float:
@@ -146,34 +145,34 @@ def to_float(value: Real, where: str) -> float:
         raise ValueError(f"{where} is too large for a float. Expected a number below 1.8e308.") from None
 
 
-def check_flag(value: Any, where: str) -> None:
+def check_flag(value: object, where: str) -> None:
     """Raise TypeError unless `value` is True or False."""
     if value is not True and value is not False:
         raise TypeError(f"{where} is of type {type(value).__name__}. Expected True or False.")
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether `x` is a DTensor. By capability: torch.distributed.tensor is slow to import, and not in every build."""
+    """Whether `x` is a DTensor."""
     return type(x) not in PLAIN and hasattr(x, "device_mesh")
 
 
-def local_shard(x: Any) -> Tensor:
+def local_shard(x: DTensor) -> Tensor:
     """What lies in this process of a DTensor, on the same memory; any other tensor as it is. Call under no_grad."""
     return x.to_local() if is_dtensor(x) else x
 
 
-def placed_like(grad: Any, param: Tensor) -> Tensor:
+def placed_like(grad: DTensor, param: Tensor) -> Tensor:
     """`grad`, brought to the placements of `param`."""
     placements = placement_change(grad, param)
     return grad if placements is None else grad.redistribute(placements=placements)
 
 
-def placement_change(grad: Any, param: Any) -> Any:
+def placement_change(grad: DTensor, param: DTensor) -> tuple[object, ...] | None:
     """The placements that `grad` is to be brought to, those of its parameter, or None if it is placed like it."""
     return None if not is_dtensor(param) or grad.placements == param.placements else param.placements
 
 
-def full_value(x: Any) -> Any:
+def full_value(x: DTensor) -> DTensor:
     """A DTensor as a plain tensor of its full value, the same in each process; anything else as it is."""
     if not is_dtensor(x):
         return x
@@ -181,7 +180,7 @@ def full_value(x: Any) -> Any:
         return x.full_tensor()
 
 
-def _placement_fault(tensor: Any, param: Any, *, is_grad: bool) -> str | None:
+def _placement_fault(tensor: DTensor, param: DTensor, *, is_grad: bool) -> str | None:
     """Why a DTensor cannot be updated shard by shard, or None. Gradients may be placed differently."""
     if is_dtensor(tensor) != is_dtensor(param):
         a, b = (f"a DTensor on {x.device_mesh}" if is_dtensor(x) else "no DTensor" for x in (tensor, param))

@@ -2,8 +2,8 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +46,9 @@ def find_overlap(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int
         if are_apart_by_address([*starts], lengths):
             return None
     spans: list[_Span] = []
-    for index, tensor in enumerate(everything):
+    for index, local in enumerate(map(local_shard, everything)):
         is_read = index >= len(written)
-        local = _local(tensor)
-        if local is None:
+        if is_fake(local) or not local.data_ptr() or not local.numel():
             continue
         if local.is_contiguous():
             length, dims = local.numel() * local.element_size(), ()
@@ -75,27 +74,16 @@ def _pieces(tensor: Tensor) -> tuple[int, tuple[tuple[int, int], ...]]:
     return length, tuple(dims)
 
 
-def _groups(intervals: Iterable[tuple[int, int, _Span]]) -> Iterator[list[_Span]]:
+def _groups(intervals: Iterable[tuple[int, int, _Span]]) -> list[list[_Span]]:
     """Spans whose intervals reach into each other, where some of them are written."""
-    group: list[_Span] = []
+    groups: list[list[_Span]] = []
     end = 0
-    for start, stop, span in sorted(intervals, key=_start):
+    for start, stop, span in sorted(intervals, key=itemgetter(0)):
         if start >= end:
-            if _may_conflict(group):
-                yield group
-            group = []
-        group.append(span)
+            groups.append([])
+        groups[-1].append(span)
         end = max(end, stop)
-    if _may_conflict(group):
-        yield group
-
-
-def _start(interval: tuple[int, int, _Span]) -> int:
-    return interval[0]
-
-
-def _may_conflict(group: list[_Span]) -> bool:
-    return len(group) > 1 and not all(span.is_read for span in group)
+    return [group for group in groups if len(group) > 1 and not all(span.is_read for span in group)]
 
 
 def _are_apart(group: list[_Span], levels: int = 8) -> bool:
@@ -123,12 +111,6 @@ def _are_apart(group: list[_Span], levels: int = 8) -> bool:
     )
 
 
-def _local(tensor: Tensor) -> Tensor | None:
-    """The tensor that holds the memory: itself, the local shard of a DTensor, or nothing."""
-    tensor = local_shard(tensor)
-    return None if is_fake(tensor) or not tensor.data_ptr() or not tensor.numel() else tensor
-
-
 def _overlaps_itself(tensor: Tensor) -> bool:
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
@@ -150,7 +132,7 @@ def _shared_byte(group: list[_Span]) -> tuple[int, int] | None:
     # Every span is made of whole units.
     unit = math.gcd(*(x for span in group for x in (span.start - first, span.length, *(dim[0] for dim in span.dims))))
     owner = torch.zeros((max(span.interval[1] for span in group) - first) // unit, dtype=torch.int32, device="cpu")
-    for span in sorted(group, key=_place):
+    for span in sorted(group, key=attrgetter("place")):
         units = owner.as_strided(
             (*(size for _, size in span.dims), span.length // unit),
             (*(stride // unit for stride, _ in span.dims), 1),
@@ -162,10 +144,6 @@ def _shared_byte(group: list[_Span]) -> tuple[int, int] | None:
         if not span.is_read:
             units.fill_(span.place + 1)
     return None
-
-
-def _place(span: _Span) -> int:
-    return span.place
 
 
 def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callable[[int], str]) -> None:
@@ -184,8 +162,7 @@ def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callabl
 def checked_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: Sequence[str]) -> Tensor:
     """`step`, as a value that a compiled graph has only where no memory overlaps, which is seen when it runs."""
     shards = [*map(local_shard, written)], [*map(local_shard, read)]
-    operator: Any = torch.ops.functional_adam.checked_step
-    return operator(step, *shards, "\n".join(names))
+    return torch.ops.functional_adam.checked_step(step, *shards, "\n".join(names))
 
 
 def _checked_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> Tensor:
@@ -197,9 +174,9 @@ def _fake_step(step: Tensor, written: Sequence[Tensor], read: Sequence[Tensor], 
     return torch.empty_like(step)
 
 
+_torch_library: Any = torch.library
 # Compiled code may write into a tensor only after all operators that take it have run.
-_library: Any = torch.library.Library("functional_adam", "FRAGMENT")
+_library = _torch_library.Library("functional_adam", "FRAGMENT")
 _library.define("checked_step(Tensor step, Tensor[] written, Tensor[] read, str names) -> Tensor")
 _library.impl("checked_step", _checked_step, "CompositeExplicitAutograd")
-_untyped: Any = torch.library
-_untyped.register_fake("functional_adam::checked_step", _fake_step)
+_torch_library.register_fake("functional_adam::checked_step", _fake_step)

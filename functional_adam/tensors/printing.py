@@ -1,15 +1,15 @@
 """A pytree of tensors as text: its containers as they print, and of each tensor the dtype and the shape."""
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
-from functional_adam.tensors.trees import is_leaf, map_leaves
+from functional_adam.tensors.trees import TensorTree, is_leaf, map_leaves
 
 _LEAVES = 24  # so many are shown
 
 
-def shown(tree: Any) -> str:
+def shown(tree: TensorTree) -> str:
     """The `repr` of `tree` with `f32[2, 3]` in the place of a tensor, and only the first leaves of many."""
     return _Text().of(tree)
 
@@ -17,16 +17,11 @@ def shown(tree: Any) -> str:
 class _Text:
     """What is written of one tree."""
 
-    def __init__(self) -> None:
-        self.room = _LEAVES
+    room = _LEAVES
 
-    def of(self, tree: Any) -> str:
+    def of(self, tree: TensorTree) -> str:
         """The text of a node or a leaf."""
-        name = type(tree).__name__
-        items: Any = tree
-        if isinstance(tree, Tensor):
-            self.room -= 1
-            return _leaf(tree)
+        name, items = type(tree).__name__, tree
         if isinstance(tree, dict):
             text = "{" + self._listed([(f"{key!r}: ", x) for key, x in items.items()]) + "}"
             return text if name == "dict" else f"{name}({text})"
@@ -37,15 +32,15 @@ class _Text:
             if fields:
                 return f"{name}({self._listed([(f'{key}=', x) for key, x in zip(fields, items, strict=True)])})"
             return f"({self._listed([('', x) for x in items])}{',' * (len(items) == 1)})"
-        if is_leaf(tree):
+        if isinstance(tree, Tensor) or is_leaf(tree):  # dynamo cannot ask optree about a tensor
             self.room -= 1
-            return repr(tree)
+            return _leaf(tree) if isinstance(tree, Tensor) else repr(tree)
         try:
-            return repr(map_leaves(self._stand_in, tree))
+            return repr(map_leaves(partial(_StandIn, self), tree))
         except Exception:  # a node may refuse such leaves in a way of its own
             return repr(tree)
 
-    def _listed(self, items: list[tuple[str, Any]]) -> str:
+    def _listed(self, items: list[tuple[str, TensorTree]]) -> str:
         texts: list[str] = []
         for label, child in items:
             if self.room <= 0:
@@ -54,14 +49,11 @@ class _Text:
             texts.append(label + self.of(child))
         return ", ".join(texts)
 
-    def _stand_in(self, leaf: Any) -> Any:
-        return _StandIn(self, leaf)
-
 
 class _StandIn:
     """Something that prints as the text of a leaf, for a node that prints itself."""
 
-    def __init__(self, text: _Text, leaf: Any) -> None:
+    def __init__(self, text: _Text, leaf: object) -> None:
         self.text, self.leaf = text, leaf
 
     def __repr__(self) -> str:

@@ -14,7 +14,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ LARGE = 2**17
 _ALIGNMENT = 64  # bytes, as torch's own allocator has it
 
 # A third faster than clone by clone, where torch has it.
-_foreach_clone: Any = getattr(torch, "_foreach_clone", None)
+_foreach_clone = getattr(torch, "_foreach_clone", None)
 
 
 def empty_cache() -> None:
@@ -88,23 +87,18 @@ def empties(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`torch.empty_like(x, dtype=dtype)`, in warm memory where that is possible."""
-    return _empty_like(x, dtype) if _is_recyclable(x) else torch.empty_like(x, dtype=dtype)
-
-
-def _is_recyclable(x: Tensor) -> bool:
-    return (
-        x.nbytes >= LARGE and not _cache.is_off and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
-    )
-
-
-def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    empty = torch.empty(0, dtype=dtype, device="cpu")
-    if type(empty) is not Tensor:  # FakeTensorMode and its like are on
+    empty = torch.empty(0, dtype=dtype, device="cpu") if _is_recyclable(x) else None
+    if type(empty) is not Tensor:  # if there is one, FakeTensorMode or its like is on
         return torch.empty_like(x, dtype=dtype)
     view, offset = _cache.lend(x.numel() * dtype.itemsize)
     flat = torch.frombuffer(view, dtype=dtype, count=x.numel(), offset=offset)
     # Not a view of `flat`, so that autograd treats it like any fresh tensor.
     return empty.set_(flat.untyped_storage(), 0, x.shape, x.stride())
+
+
+def _is_recyclable(x: Tensor) -> bool:
+    can_come_back = x.nbytes >= LARGE and _cache.fixed != 0
+    return can_come_back and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
 
 
 class _Cache:
@@ -118,7 +112,7 @@ class _Cache:
 
     def __init__(self) -> None:
         self._spare: OrderedDict[int, list[bytearray]] = OrderedDict()  # by size, that of the last use at the end
-        self._fixed: int | None = None
+        self.fixed: int | None = None  # the bound, if set; 0: no block will ever come back
         self._automatic = 0
         # Not less than `kept`, so that a block that comes back counts the others only where the bound may be reached.
         # Threads that add at once may leave it too small, which the next update corrects.
@@ -130,13 +124,8 @@ class _Cache:
         return sum(nbytes * len(blocks) for nbytes, blocks in self._spare.copy().items())
 
     @property
-    def is_off(self) -> bool:
-        """Whether no block will ever come back."""
-        return self._fixed == 0
-
-    @property
     def _limit(self) -> int:
-        return self._automatic if self._fixed is None else self._fixed
+        return self._automatic if self.fixed is None else self.fixed
 
     def expect(self, nbytes: int) -> None:
         """Bound what is kept by what updates write."""
@@ -145,27 +134,24 @@ class _Cache:
 
     def lend(self, nbytes: int) -> tuple[memoryview, int]:
         """A block in a view that brings it back when it dies, and the offset at which it is aligned."""
-        block = self._take(nbytes)
+        try:
+            self._spare.move_to_end(nbytes)
+            block = self._spare[nbytes].pop()
+        except (KeyError, IndexError):  # none of this size is kept
+            block = bytearray(nbytes + _ALIGNMENT)
         view = memoryview(block)
         weakref.finalize(view, self._give_back, nbytes, block).atexit = False
         return view, -torch.frombuffer(view, dtype=torch.uint8).data_ptr() % _ALIGNMENT
 
     def set_limit(self, limit: int | None) -> None:
         """A fixed bound, or None for the automatic one."""
-        self._fixed = limit
+        self.fixed = limit
         self._shrink(self._limit)
 
     def clear(self) -> None:
         """Keep nothing, until the next update."""
         self._automatic = 0
         self._shrink(0)
-
-    def _take(self, nbytes: int) -> bytearray:
-        try:
-            self._spare.move_to_end(nbytes)
-            return self._spare[nbytes].pop()
-        except (KeyError, IndexError):  # none of this size is kept
-            return bytearray(nbytes + _ALIGNMENT)
 
     def _give_back(self, nbytes: int, block: bytearray) -> None:
         if nbytes <= self._limit:

@@ -5,23 +5,21 @@ errs towards "tracked", which costs speed and never a derivative.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_C: Any = getattr(torch, "_C", None)
-_functorch: Any = getattr(_C, "_functorch", None)
+_C = getattr(torch, "_C", None)
+_functorch = getattr(_C, "_functorch", None)
 _is_functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", lambda: True)
 
 _is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # pyright: ignore[reportPrivateImportUsage]
-_FakeTensor: Any = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
-_FunctionalTensor: Any = getattr(
-    getattr(getattr(torch, "_subclasses", None), "functional_tensor", None), "FunctionalTensor", ()
-)
-_no_dispatch: Any = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (torch gives it no type)
+_subclasses = getattr(torch, "_subclasses", None)
+_FakeTensor = getattr(_subclasses, "FakeTensor", ())
+_FunctionalTensor = getattr(getattr(_subclasses, "functional_tensor", None), "FunctionalTensor", ())
+_no_dispatch = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (torch gives it no type)
 # Without these: everything is wrapped and nothing can be unwrapped, and forward mode may be nested wherever it may be.
 _is_wrapped: Callable[[Tensor], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: True)
 _is_grad_wrapper: Callable[[Tensor], bool] = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
@@ -29,7 +27,7 @@ _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_ba
 _count_dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", lambda: 1)
 _can_unwrap = hasattr(_functorch, "is_functorch_wrapped_tensor")
 _unwrap: Callable[[Tensor], Tensor] | None = getattr(_functorch, "get_unwrapped", None) if _can_unwrap else None
-_interpreter_stack: Callable[[], Any] | None = getattr(_functorch, "get_interpreter_stack", None)
+_interpreter_stack = getattr(_functorch, "get_interpreter_stack", None)
 
 
 def is_tracing() -> bool:
@@ -70,24 +68,18 @@ def is_host_memory(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu
 
 
-def is_constant(tensor: Tensor) -> bool:
-    """Whether nobody differentiates with respect to `tensor` or maps over it, at any level."""
+def is_constant(tensor: Tensor, *, may_be_mapped: bool = False) -> bool:
+    """Whether nobody differentiates with respect to `tensor`, or maps over it unless that may be, at any level."""
     while _is_wrapped(tensor):
-        if _unwrap is None or not _is_grad_wrapper(tensor) or tensor.requires_grad or _has_tangent(tensor):
+        if _unwrap is None or not (may_be_mapped or _is_grad_wrapper(tensor)) or _is_differentiated(tensor):
             return False
         tensor = _unwrap(tensor)
-    return not tensor.requires_grad and not _has_tangent(tensor)
+    return not _is_differentiated(tensor)
 
 
 def may_be_differentiated(tensor: Tensor) -> bool:
     """Whether somebody differentiates with respect to `tensor`, at any level, or may do so in a graph."""
-    if is_tracing():
-        return True
-    while _is_wrapped(tensor):
-        if _unwrap is None or tensor.requires_grad or _has_tangent(tensor):
-            return True
-        tensor = _unwrap(tensor)
-    return tensor.requires_grad or _has_tangent(tensor)
+    return is_tracing() or not is_constant(tensor, may_be_mapped=True)
 
 
 def is_readable(tensor: Tensor) -> bool:
@@ -124,11 +116,10 @@ def class_fault(tensor: Tensor) -> str | None:
     A class with a `__torch_dispatch__` may run an operation once for each of the tensors that it holds. A kernel would
     then update the plain tensors among its arguments as many times. Of the classes let through it is known otherwise.
     """
-    if is_tracing():  # into operations that write to none of their arguments
-        return None
-    kind: Any = type(tensor)
+    kind = type(tensor)
     if (
-        kind.__torch_dispatch__ is _no_dispatch
+        is_tracing()  # into operations that write to none of their arguments
+        or getattr(kind, "__torch_dispatch__") is _no_dispatch  # noqa: B009 (torch gives it no type)
         or isinstance(tensor, (_FakeTensor, _FunctionalTensor))
         or hasattr(kind, "device_mesh")  # a DTensor
         or hasattr(kind, "trigger_wait")  # the result of a collective, which may still be under way
@@ -148,7 +139,8 @@ def forward_levels() -> int:
     return jvp_levels or int(getattr(forward_ad, "_current_level", 0) >= 0)
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Whether somebody differentiates with respect to `tensor`, at its outermost level."""
     level = getattr(forward_ad, "_current_level", None)
-    unpack_dual: Any = getattr(forward_ad, "unpack_dual")  # noqa: B009 (torch gives it no type)
-    return level is None or (level >= 0 and unpack_dual(tensor).tangent is not None)
+    unpack_dual = getattr(forward_ad, "unpack_dual")  # noqa: B009 (torch gives it no type)
+    return tensor.requires_grad or level is None or (level >= 0 and unpack_dual(tensor).tangent is not None)

@@ -5,7 +5,7 @@ first met, in a namespace of this package's own, so that nothing changes for oth
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 import optree
@@ -25,6 +25,11 @@ NAMESPACE = "functional_adam"
 _torch_nodes: dict[Tree, Tree] = getattr(torch_pytree, "SUPPORTED_NODES", {})
 _learned: set[Tree] = set()
 _DICTS = (dict, OrderedDict, defaultdict)
+_FIELDS: dict[type[object], str] = {
+    torch_pytree.MappingKey: "key",
+    torch_pytree.SequenceKey: "idx",
+    torch_pytree.GetAttrKey: "name",
+}
 
 
 class TorchEntry(optree.PyTreeEntry):
@@ -37,22 +42,15 @@ class TorchEntry(optree.PyTreeEntry):
 
 def flatten(tree: Tree, is_end: Callable[[Tree], bool] | None = None) -> tuple[list[Tree], PyTreeSpec]:
     """The leaves of `tree`, and its structure. What `is_end` holds for counts as a leaf too."""
-    leaves, treespec = flatten_known(tree, is_end)
+    leaves, treespec = optree.tree_flatten(tree, is_end, namespace=NAMESPACE)
     others = leaves if is_end is None else [leaf for leaf in leaves if not is_end(leaf)]
-    return flatten(tree, is_end) if learn(others) else (leaves, treespec)
-
-
-def flatten_known(tree: Tree, is_end: Callable[[Tree], bool] | None = None) -> tuple[list[Tree], PyTreeSpec]:
-    """As `flatten`, but a node that optree does not know yet counts as a leaf."""
-    return optree.tree_flatten(tree, is_end, namespace=NAMESPACE)
+    is_outdated = not torch.compiler.is_dynamo_compiling() and learn(others)
+    return flatten(tree, is_end) if is_outdated else (leaves, treespec)
 
 
 def learn(leaves: Iterable[Tree]) -> bool:
     """Whether some of `leaves` are nodes, which optree knows from now on: what was flattened must be flattened anew."""
-    return not torch.compiler.is_dynamo_compiling() and _learn({*map(type, leaves)})
-
-
-def _learn(kinds: set[Tree]) -> bool:
+    kinds: set[Tree] = {*map(type, leaves)}
     nodes = {kind for kind in kinds & _torch_nodes.keys() if not issubclass(kind, Tensor)}
     # Without a lock, which would stay held where a signal handler or a finalizer updates in the middle.
     for node in nodes - _learned:
@@ -74,7 +72,7 @@ def _register(node: Tree) -> None:
         return children, context, [key for key, _ in its.flatten_with_keys_fn(tree)[0]]
 
     has_keys = its.flatten_with_keys_fn is not None
-    register: Tree = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
+    register = getattr(optree, "register_pytree_node")  # noqa: B009 (optree's types want a collection)
     register(
         node,
         flatten_with_keys if has_keys else its.flatten_fn,
@@ -101,9 +99,8 @@ def map_leaves(function: Tree, tree: Tree, *like: Tree) -> Tree:
 
 def unflatten(treespec: PyTreeSpec, values: Iterable[Tree], params: Tree) -> Tree:
     """A tree of `values` like `params`, whose nodes need not be able to hold them: a dict stands for a TensorDict."""
-    if not treespec.namespace:  # then none of its nodes was learned
-        return treespec.unflatten(values)
-    return _fill(params, iter(values))
+    # Without a namespace, none of its nodes was learned.
+    return _fill(params, iter(values)) if treespec.namespace else treespec.unflatten(values)
 
 
 def _fill(params: Tree, values: Iterator[Tree]) -> Tree:
@@ -120,13 +117,8 @@ def _fill_node(node: Tree, values: Iterator[Tree]) -> Tree:
     return children if plain is list else level.unflatten_func(level.metadata, children)
 
 
-def path_of(treespec: PyTreeSpec, index: int, root: str) -> str:
-    """Leaf `index` of `treespec` as Python code: `params['layer'][0]`."""
-    return treespec.accessors()[index].codify(root)
-
-
 def labels_of(treespec: PyTreeSpec) -> Callable[[str, int], str]:
-    """What names leaf `index` of the tree `root`."""
+    """What names leaf `index` of the tree `root`, as Python code: `params['layer'][0]`."""
     paths: list[optree.PyTreeAccessor] = []
 
     def label(root: str, index: int) -> str:
@@ -164,8 +156,8 @@ def flatten_like(treespec: PyTreeSpec, tree: Tree, name: str, params: Tree) -> l
     try:
         return treespec.flatten_up_to(tree)
     except ValueError:
-        # It takes no list for a tuple and no dict for a TensorDict, and its errors name no path.
-        return _align(params, in_kind_of(params, tree), name, (), is_prefix=False)
+        pass  # It takes no list for a tuple and no dict for a TensorDict, and its errors name no path.
+    return _align(params, in_kind_of(params, tree), name, (), is_prefix=False)
 
 
 def broadcast_prefix(prefix: Tree, name: str, params: Tree) -> list[Tree]:
@@ -181,27 +173,27 @@ def _align(params: Tree, tree: Tree, name: str, at: tuple[tuple[Tree, Tree], ...
     if params is None and tree is None:
         return []
     is_single, is_end = is_leaf(params), is_leaf(tree)
-    if is_prefix and is_end:
-        return [tree] if is_single else [tree] * len(leaves_of(params))
-    if is_single and not is_prefix:
+    if is_single and (is_end or not is_prefix):
         return [tree]
-    if is_single or is_end or _plain_type_of(params) is not _plain_type_of(tree):
-        raise _mismatch(name, at, f"is {_kind(tree)}", f"is {_kind(params)}", is_prefix=is_prefix) from None
+    if is_prefix and is_end:
+        return [tree] * len(leaves_of(params))
+    plain = _plain_type_of(params)
+    if is_single or is_end or plain is not _plain_type_of(tree):
+        raise _mismatch(name, at, _kind(tree), _kind(params), is_prefix=is_prefix)
     expected = _one_level(params)
-    children: Sequence[Tree]
-    if _plain_type_of(params) is dict:
+    if plain is dict:
         by_key, keys = _by_key(tree), [*map(_key, expected.entries)]
         if by_key.keys() != {*keys}:
-            raise _mismatch(name, at, _strangers(by_key, keys), f"has {_few(keys)}", is_prefix=is_prefix) from None
+            raise _mismatch(name, at, _strangers(by_key, keys), f"has {_few(keys)}", is_prefix=is_prefix)
         children = [by_key[key] for key in keys]
     else:
         children, metadata = _one_level(tree)[:2]
         if len(expected.children) != len(children):
             lengths = [f"has length {len(x)}" for x in (children, expected.children)]
-            raise _mismatch(name, at, *lengths, is_prefix=is_prefix) from None
+            raise _mismatch(name, at, *lengths, is_prefix=is_prefix)
         if expected.kind == optree.PyTreeKind.CUSTOM and type(tree) is type(params) and expected.metadata != metadata:
             data = [f"has {x!r} beside its children" for x in (metadata, expected.metadata)]
-            raise _mismatch(name, at, *data, is_prefix=is_prefix) from None
+            raise _mismatch(name, at, *data, is_prefix=is_prefix)
     return [
         x
         for key, param, child in zip(expected.entries, expected.children, children, strict=True)
@@ -219,9 +211,9 @@ def _mismatch(name: str, at: tuple[tuple[Tree, Tree], ...], got: str, expected: 
 
 def _strangers(got: dict[Tree, Tree], expected: list[Tree]) -> str:
     """Which keys are too few and too many."""
-    missing, known = [x for x in expected if x not in got], {*expected}
-    extra = [x for x in got if x not in known]
-    return " and ".join([f"lacks {_few(missing)}"] * bool(missing) + [f"has the extra {_few(extra)}"] * bool(extra))
+    known = {*expected}
+    kinds = {"lacks": [x for x in expected if x not in got], "has the extra": [x for x in got if x not in known]}
+    return " and ".join(f"{what} {_few(keys)}" for what, keys in kinds.items() if keys)
 
 
 def _few(keys: list[Tree]) -> str:
@@ -230,7 +222,7 @@ def _few(keys: list[Tree]) -> str:
 
 def _plain_type_of(tree: Tree) -> Tree:
     """The built-in dict or list, if it can stand for the node `tree`, else the type of that."""
-    own = cast("Any", type(tree))
+    own = cast("Tree", type(tree))
     if own in _learned:
         keys = _one_level(tree).entries
         for plain, kind in ((dict, torch_pytree.MappingKey), (list, torch_pytree.SequenceKey)):
@@ -247,10 +239,10 @@ def _by_key(tree: Tree) -> dict[Tree, Tree]:
     return dict(zip(map(_key, level.entries), level.children, strict=True))
 
 
-def _key(entry: Tree) -> Tree:
+def _key(entry: object) -> Tree:
     """A key, place or name without the class that torch gives it."""
-    names = {torch_pytree.MappingKey: "key", torch_pytree.SequenceKey: "idx", torch_pytree.GetAttrKey: "name"}
-    return getattr(entry, names[type(entry)]) if type(entry) in names else entry
+    field = _FIELDS.get(type(entry))
+    return entry if field is None else getattr(entry, field)
 
 
 def _one_level(tree: Tree) -> Tree:
@@ -258,4 +250,4 @@ def _one_level(tree: Tree) -> Tree:
 
 
 def _kind(tree: Tree) -> str:
-    return "None" if tree is None else f"of type {tree.__class__.__qualname__}"
+    return "is None" if tree is None else f"is of type {tree.__class__.__qualname__}"
