@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
     # What other libraries document: torch and the standard library, in signatures also without the module.
     ("py:.*", r"(torch|contextlib|collections)\..*|Tensor|ExitStack"),
     # Names for types, in signatures.
-    ("py:class", "Params|Group"),
+    ("py:class", "Params|Group|Value"),
 ]
 
 highlight_language = "none"  # unless a block says otherwise

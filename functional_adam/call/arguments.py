@@ -210,7 +210,7 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [*dict.fromkeys(tensors)]
 
 
-def _check_types(grads: object, state: object, hparams: object) -> None:
+def _check_types(grads: object, state: object, hparams: AdamHparams) -> None:
     order = "The order is adam_update(params, grads, state, hparams)."
     if isinstance(grads, AdamState):
         raise TypeError(f"grads is an AdamState, expected a pytree of gradients. {order}")
