@@ -185,7 +185,7 @@ def _read(x: float | Tensor) -> float:
 def _run_directions(members: _Members) -> Batch:
     """Members that differ in lr and weight_decay only: one call gives all directions, and each goes its own length.
 
-    For speed alone: of the time of `_run_members` and `_run_stacked`, 0.6 to 0.8 (docs/transforms.md).
+    For speed alone: 0.6 to 0.85 of the time of `_run_stacked` or `_run_members` (docs/transforms.md).
     """
     spec, _, batch, (lr, beta1, beta2, eps, weight_decay), _ = members
     lr, weight_decay = precise(lr), precise(weight_decay)
