@@ -100,7 +100,8 @@ def plain_leaf_vjp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`leaf_vjp` for the usual case, in half its operations: numbers only, no amsgrad, and nobody differentiates on.
 
-    For speed alone: a meta-gradient takes 0.6 to 0.9 of its time (docs/transforms.md). The cotangents are those of (p, m, v, g); the last three are written to `out` where it has tensors.
+    For speed alone: a meta-gradient takes 0.6 to 0.9 of its time (docs/transforms.md). The cotangents are those of
+    (p, m, v, g); the last three are written to `out` where it has tensors.
     """
     p_in, m_in, v_in, _, g = leaf
     p, m, v, _, _ = cotangents
