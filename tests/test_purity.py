@@ -239,3 +239,15 @@ def test_a_leaf_without_gradient_is_copied_under_a_transform_too(watched: str) -
         assert torch.equal(gradient["b"], torch.ones(3))
     assert torch.equal(new["b"], params["b"])
     assert storages(new["b"]) != storages(params["b"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("options", [{}, {"moment_dtype": torch.bfloat16}, {"per_leaf_step": True}], ids=str)
+def test_an_update_in_runs_that_fit_the_cache_is_the_update(kernel: Any, options: dict[str, Any]) -> None:
+    """Small leaves stand before, between and after leaves that take more than one run."""
+    hparams = AdamHparams(lr=0.1, amsgrad=True, weight_decay=0.1)
+    call = make_call(((5,), (2**19 + 3,), (7, 3), (2**19 - 1,), (3, 2**19), ()), hparams=hparams, **options)
+    before = snapshot(call)
+    pure = adam_update(*call, kernel=kernel)
+    assert_unchanged(call, before)
+    assert_same_bits(pure, adam_update(*clone(call), kernel=kernel, donate=True))
