@@ -468,5 +468,5 @@ def test_steps_in_backward_of_nothing_are_refused() -> None:
 
 def test_a_hook_refuses_another_optimizer() -> None:
     other: Any = torch.optim.Adam([torch.ones(2, requires_grad=True)])
-    with pytest.raises(TypeError, match=r"^optimizer is of type Adam, expected a _FunctionalAdam"):
+    with pytest.raises(TypeError, match=r"^optimizer is of type Adam\. Expected a _FunctionalAdam"):
         hook_then_step(mock.Mock(), other)
