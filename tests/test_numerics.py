@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
-from tests.builders import clone, make_call, tensors_of
+from tests.builders import assert_unchanged, clone, make_call, snapshot, tensors_of
 from tests.oracles import KERNELS, numpy_adam
 from tests.strategies import PRECISE_DTYPES, PROPERTY, hyperparameters, random_tensor, seeds
 from tests.tolerances import assert_close, assert_equal, assert_rounded_once, assert_within_roundings
@@ -113,31 +113,23 @@ def test_zero_gradients_leave_parameters_finite_and_still(way: str, dtype: torch
 
 @each_way
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.99999), (0.0, 0.0)], ids=str)
-def test_bias_correction_is_exact_to_rounding(way: str, dtype: torch.dtype, betas: tuple[float, float]) -> None:
+def test_bias_correction_is_exact_to_rounding(way: str, dtype: torch.dtype) -> None:
     # The parameter is 0, so that the result is the change and nothing hides its digits.
-    param, hparams = torch.zeros(13, dtype=dtype), AdamHparams(betas=betas)
-    grad, exp_avg, exp_avg_sq = (random_tensor((13,), dtype, seed, positive=True) for seed in range(3))
-    for count in (0, 1, 999, 99_999):
-        expected = numpy_adam(param, grad, exp_avg, exp_avg_sq, None, count, betas=betas)
-        state = AdamState(torch.tensor(count, dtype=torch.float32), exp_avg, exp_avg_sq)
-        new_param, new = update(param, grad, state, hparams, way)
+    param, given = torch.zeros(13, dtype=dtype), [random_tensor((13,), dtype, seed, positive=True) for seed in range(3)]
+    # New second moments of 0, 1 and 2.
+    simple = torch.tensor([[0.0, 1.0, -1.0, 0.0], [0.5, 1.0, 2.0, -1.0], [0.0, 1.0, 1.0, 4.0]], dtype=dtype)
+    cases = [
+        (betas, 1e-8, given, count)
+        for betas in ((0.9, 0.999), (0.99, 0.99999), (0.0, 0.0))
+        for count in (0, 1, 999, 99_999)
+    ]
+    for betas, eps, (grad, *moments), count in [*cases, ((0.5, 0.5), 0.125, simple, 0)]:
+        zeros = param[: len(grad)]
+        expected = numpy_adam(zeros, grad, *moments, None, count, betas=betas, eps=eps)
+        state = AdamState(torch.tensor(count, dtype=torch.float32), *moments)
+        new_param, new = update(zeros, grad, state, AdamHparams(betas=betas, eps=eps), way)
         assert_within_roundings(new_param, expected.param, 5)
         assert new.step.item() == count + 1
-
-
-@each_way
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_second_moments_of_0_and_1_have_their_roots(way: str, dtype: torch.dtype) -> None:
-    param, grad = torch.zeros(4, dtype=dtype), torch.tensor([0.0, 1.0, -1.0, 0.0], dtype=dtype)
-    exp_avg, exp_avg_sq = torch.tensor([[0.5, 1.0, 2.0, -1.0], [0.0, 1.0, 1.0, 4.0]], dtype=dtype)
-    options: dict[str, Any] = {"betas": (0.5, 0.5), "eps": 0.125}
-    hparams = AdamHparams(**options)
-    state = adam_init(param, hparams)._replace(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    expected = numpy_adam(param, grad, exp_avg, exp_avg_sq, None, 0, **options)
-    assert expected.exp_avg_sq.tolist() == [0, 1, 1, 2]
-    new_param, _ = update(param, grad, state, hparams, way)
-    assert_within_roundings(new_param, expected.param, 5)
 
 
 @pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu"), ("mps", "cpu")])
@@ -184,73 +176,75 @@ def test_the_default_dtype_changes_nothing(way: str, per_leaf_step: bool, dtype:
         assert {step.item() for step in tensors_of(actual[1].step)} == {2048 if options.get("found_inf") else 2049}
 
 
-NUMBERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "lr": lambda number: {"lr": number(0.003)},
-    "beta1": lambda number: {"betas": (number(0.8), 0.99)},
-    "beta2": lambda number: {"betas": (0.8, number(0.99))},
-    "eps": lambda number: {"eps": number(0.03)},
-    "weight_decay": lambda number: {"weight_decay": number(0.3)},
-    "decoupled_weight_decay": lambda number: {"weight_decay": number(0.3), "decoupled_weight_decay": True},
-    "all": lambda number: {
-        "lr": number(0.003),
-        "betas": (number(0.8), number(0.99)),
-        "eps": number(0.03),
-        "weight_decay": number(0.3),
-    },
-    "zeros": lambda number: {"lr": number(0), "betas": (number(0), number(0)), "weight_decay": number(0)},
-}
-
-
 @each_way
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", ["lr", "beta1", "beta2", "eps", "weight_decay", "all", "zeros"])
 def test_tensor_hyperparameters_count_at_their_own_value(way: str, name: str) -> None:
     params, grads, state, _ = make_call()
     compare = assert_close if way in ("autograd", "equations") else assert_equal
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    numbers = {"lr": 0.003, "beta1": 0.8, "beta2": 0.99, "eps": 0.03, "weight_decay": 0.3}
+    if name == "zeros":
+        numbers = dict.fromkeys(numbers, 0.0) | {"eps": 0.03}
+    for dtype, decoupled in itertools.product((torch.float32, torch.float64, torch.bfloat16), (False, True)):
+        as_tensors: dict[str, Any] = {
+            key: torch.tensor(x, dtype=dtype) if name in (key, "all", "zeros") else x for key, x in numbers.items()
+        }
+        as_numbers = {key: float(x) for key, x in as_tensors.items()}
+        got, expected = (
+            update(
+                params,
+                grads,
+                state,
+                AdamHparams(
+                    lr=x["lr"],
+                    betas=(x["beta1"], x["beta2"]),
+                    eps=x["eps"],
+                    weight_decay=x["weight_decay"],
+                    decoupled_weight_decay=decoupled,
+                ),
+                way,
+            )
+            for x in (as_tensors, as_numbers)
+        )
+        compare(got, expected)
 
-        def as_tensor(value: float, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.tensor(value, dtype=dtype)
 
-        as_numbers, as_tensors = NUMBERS[name](lambda x, f=as_tensor: f(x).item()), NUMBERS[name](as_tensor)
-        expected = update(params, grads, state, AdamHparams(**as_numbers), way)
-        compare(update(params, grads, state, AdamHparams(**as_tensors), way), expected)
+def betas_of(*betas: float) -> Callable[[AdamHparams], Any]:
+    """Hyperparameters with `betas` as a tree map makes them, which checks nothing."""
+    return lambda hparams: optree.tree_unflatten(optree.tree_structure(hparams), (0.1, *betas, 1e-8, 0.0))
 
 
 @each_step
 @each_donate
-@pytest.mark.parametrize("count", [-1.0, math.nan, -math.inf])
-def test_a_step_that_counts_nothing_is_refused(donate: bool, per_leaf_step: bool, count: float) -> None:
+@pytest.mark.parametrize(
+    ("count", "rebuild", "match"),
+    [
+        *(
+            (count, None, r"state.step is (-1|nan|-inf)\. .* a number of updates >= 0")
+            for count in (-1, math.nan, -math.inf)
+        ),
+        *(
+            (3, betas_of(*betas), r"hparams.betas\[[01]\] is .*\. Expected a number in \[0, 1\)")
+            for betas in ((1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, math.nan))
+        ),
+    ],
+)
+def test_what_leaves_no_bias_correction_is_refused(
+    donate: bool, per_leaf_step: bool, count: float, rebuild: Callable[[AdamHparams], Any] | None, match: str
+) -> None:
     params, grads, state, hparams = make_call(per_leaf_step=per_leaf_step)
     tensors_of(state.step)[-1].fill_(count)
-    kept = clone((params, state))
-    with pytest.raises(ValueError, match=r"state.step is (-1|nan|-inf)\. Expected a number of updates >= 0"):
+    hparams = hparams if rebuild is None else rebuild(hparams)
+    before = snapshot((params, state))
+    with pytest.raises(ValueError, match=match):
         adam_update(params, grads, state, hparams, donate=donate)
-    torch.testing.assert_close((params, state), kept, rtol=0, atol=0, equal_nan=True)
+    assert_unchanged((params, state), before)
 
 
-@each_donate
-@pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, math.nan)])
-def test_rebuilt_betas_without_bias_correction_are_refused(donate: bool, betas: tuple[float, float]) -> None:
-    params, grads, state, hparams = make_call()
-    rebuilt: Any = optree.tree_unflatten(optree.tree_structure(hparams), (0.1, *betas, 1e-8, 0.0))
-    kept = clone((params, state))
-    with pytest.raises(ValueError, match=r"hparams.betas\[[01]\] is .*\. Expected a number in \[0, 1\)"):
-        adam_update(params, grads, state, rebuilt, donate=donate)
-    assert_equal((params, state), kept)
-
-
-FOUND: list[Any] = [
-    *(True, 1.0, 2.0, -1, math.nan, math.inf, 1e-300),
-    *map(torch.tensor, (3, True, math.nan)),
-    torch.tensor(1e-300, dtype=torch.float64),
-    torch.tensor(2.0, dtype=torch.float16),
-]
-NOT_FOUND: list[Any] = [
-    *(False, 0, 0.0, -0.0),
-    *map(torch.tensor, (0, False)),
-    torch.tensor(0.0, dtype=torch.float64),
-    torch.tensor(0.0, dtype=torch.float16),
-]
+WIDE_TINY = torch.tensor(1e-300, dtype=torch.float64)
+FOUND: list[Any] = [True, 1.0, 2.0, -1, math.nan, math.inf, 1e-300, *map(torch.tensor, (3, True, math.nan)), WIDE_TINY]
+FOUND.append(torch.tensor(2.0, dtype=torch.float16))
+NOT_FOUND: list[Any] = [False, 0, 0.0, -0.0, *map(torch.tensor, (0, False))]
+NOT_FOUND += [torch.tensor(0.0, dtype=dtype) for dtype in (torch.float64, torch.float16)]
 
 
 @each_way
@@ -292,39 +286,47 @@ def test_found_inf_that_is_not_read_decides(kernel: str, found: bool, scale: flo
     assert state.step.item() == 4 - found
 
 
-HALF, FLOAT, WIDE = torch.bfloat16, torch.float32, torch.float64
+HALF, FLOAT, WIDE, COMPLEX = torch.bfloat16, torch.float32, torch.float64, torch.complex64
 
 
 @each_way
 @pytest.mark.parametrize(
     ("dtype", "moment_dtype", "grad_dtype"),
     [
-        (HALF, HALF, FLOAT),
-        (HALF, FLOAT, WIDE),
-        (FLOAT, FLOAT, HALF),
-        (FLOAT, FLOAT, WIDE),
-        (FLOAT, WIDE, FLOAT),
-        (WIDE, FLOAT, WIDE),
-        (torch.complex64, torch.complex64, FLOAT),
-        (torch.complex64, torch.complex128, torch.complex64),
+        (torch.float16, torch.float16, FLOAT),
+        *((HALF, HALF, torch.float16), (HALF, HALF, FLOAT), (HALF, FLOAT, WIDE)),
+        *((FLOAT, FLOAT, torch.float16), (FLOAT, FLOAT, HALF), (FLOAT, FLOAT, WIDE)),
+        *((FLOAT, HALF, FLOAT), (FLOAT, WIDE, FLOAT), (WIDE, WIDE, FLOAT), (WIDE, FLOAT, WIDE)),
+        *((COMPLEX, COMPLEX, FLOAT), (COMPLEX, COMPLEX, torch.complex128), (COMPLEX, torch.complex128, COMPLEX)),
+        (torch.complex128, torch.complex128, FLOAT),
     ],
     ids=str,
 )
 def test_an_update_is_computed_in_the_widest_dtype_of_parameter_and_moments(
     way: str, dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
+    """Gradients are cast to that."""
     options = {**OPTIONS, "eps": 1e-3}
     hparams = AdamHparams(**options)
     wide = torch.promote_types(dtype, moment_dtype)
     param, grad = random_tensor((3, 5), dtype, 0), random_tensor((3, 5), grad_dtype, 1)
     moments = [random_tensor((3, 5), moment_dtype, seed, positive=seed > 2) for seed in (2, 3, 4)]
     state = AdamState(torch.tensor(3.0), *moments)
-    new_param, new = actual = update(param, grad, state, hparams, way)
-    assert_equal(actual, update(param, grad.to(wide), state, hparams, way))
-    if wide is not HALF:
-        expected = numpy_adam(param, grad.to(wide), *moments, 3, **options)
-        assert_close(new_param, expected.param)
-        assert_close([*new[1:4]], [*expected[1:4]])
+    expected = numpy_adam(param, grad.to(wide), *moments, 3, **options)
+    for how in ({}, {"donate": True}) if way in KERNELS else ({},):
+        results = [update(*clone((param, g, state)), hparams, way, **how) for g in (grad, grad.to(wide))]
+        assert_equal(*results)
+        if wide not in (HALF, torch.float16):
+            new_param, new = results[0]
+            assert_close([new_param, *new[1:4]], [*expected[:4]])
+
+
+@each_kernel
+def test_gradients_are_cast_before_they_are_unscaled(kernel: str) -> None:
+    # In float16, 1e-6 / 1e3 is 0.
+    param, grad = torch.zeros(2), torch.tensor([1e-6, 6e4], dtype=torch.float16)
+    _, new = adam_update(param, grad, adam_init(param, HPARAMS), HPARAMS, kernel=kernel, grad_scale=1e3)
+    assert_close(new.exp_avg, grad.float() / -1e3 * 0.1)
 
 
 SCALES: dict[str, Any] = {
@@ -358,23 +360,8 @@ def test_grad_scale_divides_the_gradients_in_float32(way: str, dtype: torch.dtyp
 @pytest.mark.parametrize("found", [None, 1.0])
 def test_leaf_without_gradient_stands_still(way: str, missing: list[str], found: float | None) -> None:
     params, full_grads, state, hparams = make_call(hparams=HPARAMS, per_leaf_step=True)
-    grads = full_grads | dict.fromkeys(missing)
     moved = (params, state) if found else update(params, full_grads, state, hparams, way)
-    new = update(params, grads, state, hparams, way, found_inf=found)
+    new = update(params, full_grads | dict.fromkeys(missing), state, hparams, way, found_inf=found)
     for key in params:
         source = (params, state) if key in missing else moved
-        actual, expected = ([p[key], *(tree[key] for tree in s[:4])] for p, s in (new, source))
-        assert_equal(actual, expected)
-
-
-@each_way
-def test_bare_parameter_without_gradient_stands_still(way: str) -> None:
-    param = random_tensor((3,), torch.float32, 0)
-    state = adam_init(param, HPARAMS)
-    assert_equal(update(param, None, state, HPARAMS, way), (param, state))
-
-
-def test_missing_gradient_with_a_shared_step_is_an_error() -> None:
-    params, grads, state, hparams = make_call()
-    with pytest.raises(ValueError, match=r"grads\['leaf1'\] is None, but all leaves share one step"):
-        adam_update(params, grads | {"leaf1": None}, state, hparams)
+        assert_equal(*([p[key], *(tree[key] for tree in s[:4])] for p, s in (new, source)))
