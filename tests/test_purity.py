@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.builders import (
-    Call,
     assert_same_bits,
     assert_unchanged,
     clone,
@@ -23,39 +23,31 @@ from tests.builders import (
     transposed,
 )
 from tests.oracles import KERNELS
+from tests.strategies import in_layout
 
 SHAPES = ((5, 7), (7,), (), (0, 3), (2, 3, 4, 5))
 Change = Callable[[Tensor], Tensor | None]
 
 
-class Given(NamedTuple):
-    """All that one `adam_update` is given."""
-
-    call: Call
-    options: dict[str, Any]
-
-    def run(self, kernel: str, **options: Any) -> tuple[Any, AdamState]:
-        return adam_update(*self.call, kernel=kernel, **self.options, **options)
-
-
 def make(
     *,
-    dtype: torch.dtype = torch.float32,
     param: Change = Tensor.clone,
     grad: Change = Tensor.clone,
     moment: Change = Tensor.clone,
     grad_scale: Any = None,
     found_inf: Any = None,
-    init: Mapping[str, Any] = MappingProxyType({}),
-    **hparams: Any,
-) -> Given:
+    hparams: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> dict[str, Any]:
     """Arguments in the middle of training; `param`, `grad` and `moment` turn a fresh leaf into the one to use."""
-    hparams = {"lr": 0.1, **clone(hparams)}
-    params, grads, state, made = make_call(SHAPES, hparams=AdamHparams(**hparams), dtype=dtype, **init)
-    params, grads = torch_pytree.tree_map(param, params), torch_pytree.tree_map(grad, grads)
-    moments = torch_pytree.tree_map(moment, tuple(state[1:]))
-    call = Call(params, grads, AdamState(state.step, *moments), made)
-    return Given(call, clone({"grad_scale": grad_scale, "found_inf": found_inf}))
+    call = make_call(SHAPES, hparams=AdamHparams(**{"lr": 0.1, **hparams}), **options)
+    moments = torch_pytree.tree_map(moment, tuple(call.state[1:]))
+    return {
+        "params": torch_pytree.tree_map(param, call.params),
+        "grads": torch_pytree.tree_map(grad, call.grads),
+        "state": AdamState(call.state.step, *moments),
+        **clone({"hparams": call.hparams, "grad_scale": grad_scale, "found_inf": found_inf}),
+    }
 
 
 @contextmanager
@@ -74,12 +66,7 @@ def storages(tree: Any) -> list[int]:
     return [x.untyped_storage().data_ptr() for x in tensors_of(tree) if x.numel()]
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()
-
-
-def expanded(x: Tensor) -> Tensor:
-    return x.reshape(-1)[:1].reshape((1,) * x.dim()).expand(x.shape) if x.numel() else x.clone()
+channels_last, expanded = (partial(in_layout, layout=layout) for layout in ("channels_last", "expanded"))
 
 
 def none_for_vectors(x: Tensor) -> Tensor | None:
@@ -89,27 +76,27 @@ def none_for_vectors(x: Tensor) -> Tensor | None:
 PER_LEAF, MASTERS = {"per_leaf_step": True}, {"master_params": True, "moment_dtype": torch.float32}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "coupled": {"weight_decay": 0.1, "amsgrad": True, "maximize": True},
-    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
-    "zero_lr": {"lr": 0.0},
-    "tensor_hparams": {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.8), torch.tensor(0.9))},
-    "tensor_eps": {"eps": torch.tensor(1e-6)},
+    "coupled": {"hparams": {"weight_decay": 0.1, "amsgrad": True, "maximize": True}},
+    "decoupled": {"hparams": {"weight_decay": 0.1, "decoupled_weight_decay": True}},
+    "zero_lr": {"hparams": {"lr": 0.0}},
+    "tensor_hparams": {"hparams": {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.8), torch.tensor(0.9))}},
+    "tensor_eps": {"hparams": {"eps": torch.tensor(1e-6)}},
     "grad_scale": {"grad_scale": 8.0},
     "grad_scale_tensor": {"grad_scale": torch.tensor(8.0, dtype=torch.float64), "found_inf": torch.tensor(False)},
     "found_inf_zero": {"found_inf": torch.tensor(0.0)},
     "found_inf_nan": {"found_inf": torch.tensor(float("nan"))},
     "found_inf_true": {"found_inf": True},
-    "per_leaf_step": {"init": PER_LEAF},
-    "none_grads": {"init": PER_LEAF, "grad": none_for_vectors, "amsgrad": True},
-    "all_none_grads": {"init": PER_LEAF, "grad": lambda _: None},
-    "none_grads_found_inf": {"init": PER_LEAF, "grad": none_for_vectors, "found_inf": True},
-    "masters": {"dtype": torch.bfloat16, "init": MASTERS, "amsgrad": True},
-    "masters_found_inf": {"dtype": torch.float16, "init": MASTERS, "found_inf": torch.tensor(1.0)},
-    "masters_found_nothing": {"dtype": torch.bfloat16, "init": MASTERS, "found_inf": torch.tensor(0.0)},
-    "masters_none_grads": {"dtype": torch.bfloat16, "init": {**MASTERS, **PER_LEAF}, "grad": none_for_vectors},
-    "bfloat16_moments": {"init": {"moment_dtype": torch.bfloat16}},
-    "float64_moments": {"init": {"moment_dtype": torch.float64}, "found_inf": torch.tensor(0.0)},
-    "complex": {"dtype": torch.complex64, "amsgrad": True, "grad_scale": 2.0},
+    "per_leaf_step": PER_LEAF,
+    "none_grads": {**PER_LEAF, "grad": none_for_vectors, "hparams": {"amsgrad": True}},
+    "all_none_grads": {**PER_LEAF, "grad": lambda _: None},
+    "none_grads_found_inf": {**PER_LEAF, "grad": none_for_vectors, "found_inf": True},
+    "masters": {"dtype": torch.bfloat16, **MASTERS, "hparams": {"amsgrad": True}},
+    "masters_found_inf": {"dtype": torch.float16, **MASTERS, "found_inf": torch.tensor(1.0)},
+    "masters_found_nothing": {"dtype": torch.bfloat16, **MASTERS, "found_inf": torch.tensor(0.0)},
+    "masters_none_grads": {"dtype": torch.bfloat16, **MASTERS, **PER_LEAF, "grad": none_for_vectors},
+    "bfloat16_moments": {"moment_dtype": torch.bfloat16},
+    "float64_moments": {"moment_dtype": torch.float64, "found_inf": torch.tensor(0.0)},
+    "complex": {"dtype": torch.complex64, "hparams": {"amsgrad": True}, "grad_scale": 2.0},
     "conjugated_grads": {"dtype": torch.complex64, "grad": Tensor.conj},
     "negated_grads": {"grad": lambda x: torch.complex(x, x).conj().imag},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -124,7 +111,7 @@ CASES: dict[str, dict[str, Any]] = {
     "strided_params": {"param": strided},
     "strided_grads": {"grad": strided},
     "expanded_params": {"param": expanded},
-    "expanded_grads": {"grad": expanded, "weight_decay": 0.1, "maximize": True},
+    "expanded_grads": {"grad": expanded, "hparams": {"weight_decay": 0.1, "maximize": True}},
     "parameters": {"param": lambda x: nn.Parameter(x.clone())},
 }
 
@@ -137,20 +124,20 @@ each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 def test_an_update_gives_the_same_bits_in_its_own_memory_and_touches_nothing(kernel: str, case: str) -> None:
     given, copy = make(**CASES[case]), make(**CASES[case])
     with untouched(given):
-        result = given.run(kernel)
+        result = adam_update(**given, kernel=kernel)
         outputs = storages(result)
         assert outputs
         assert len({*outputs}) == len(outputs)
         assert {*outputs}.isdisjoint(storages(given))
-        assert_same_bits(copy.run(kernel), result)
+        assert_same_bits(adam_update(**copy, kernel=kernel), result)
         # The state is still the same after its successor was used, and after that was donated.
-        successor = given.call._replace(params=result[0], state=result[1])
-        adam_update(*successor, kernel=kernel)
-        assert_same_bits(given.run(kernel), result)
-        adam_update(*successor, kernel=kernel, donate=True)
-        assert_same_bits(given.run(kernel), copy.run(kernel))
-    old, structure = torch_pytree.tree_flatten((given.call.params, given.call.state))
-    new, new_structure = torch_pytree.tree_flatten(given.run(kernel))
+        successor = {"params": result[0], "grads": given["grads"], "state": result[1], "hparams": given["hparams"]}
+        adam_update(**successor, kernel=kernel)
+        assert_same_bits(adam_update(**given, kernel=kernel), result)
+        adam_update(**successor, kernel=kernel, donate=True)
+        assert_same_bits(adam_update(**given, kernel=kernel), adam_update(**copy, kernel=kernel))
+    old, structure = torch_pytree.tree_flatten((given["params"], given["state"]))
+    new, new_structure = torch_pytree.tree_flatten(adam_update(**given, kernel=kernel))
     assert new_structure == structure
     # A clone keeps the strides of a dense tensor and fills the gaps of any other.
     expected = [(Tensor, False, x.shape, x.dtype, x.device, x.clone().stride()) for x in old]
@@ -163,11 +150,11 @@ def test_an_update_gives_the_same_bits_in_its_own_memory_and_touches_nothing(ker
 def test_donation_gives_the_same_bits_in_the_memory_given_and_leaves_what_is_only_read(kernel: str, case: str) -> None:
     # torch's fused kernel would write the unscaled gradients back.
     given = make(**CASES[case])
-    expected = given.run(kernel)
-    old = tensors_of((given.call.params, given.call.state[1:]))
+    expected = adam_update(**given, kernel=kernel)
+    old = tensors_of((given["params"], given["state"][1:]))
     places, versions = [(x.data_ptr(), x.stride()) for x in old], [x._version for x in old]
-    with untouched((given.call.grads, given.call.hparams, given.options)):
-        params, state = given.run(kernel, donate=True)
+    with untouched([x for name, x in given.items() if name not in ("params", "state")]):
+        params, state = adam_update(**given, kernel=kernel, donate=True)
     new = tensors_of((params, state[1:]))
     assert [(x.data_ptr(), x.stride()) for x in new] == places
     assert all(x._version > version for x, version in zip(old, versions, strict=True))
@@ -186,7 +173,7 @@ def test_an_empty_tree_counts_its_updates_without_touching_the_state(kernel: str
 
 
 def test_initial_state_has_the_layout_of_params_and_shares_no_memory_with_them() -> None:
-    params = make(param=channels_last).call.params
+    params = make(param=channels_last)["params"]
     with untouched(params):
         state = adam_init(params, AdamHparams(amsgrad=True), per_leaf_step=True)
     pointers = storages((params, state))
