@@ -69,12 +69,9 @@ def outcome(call: Call, **options: Any) -> Any:
 # What is alike is recognised.
 
 KINDS: dict[str, Callable[[int], Call]] = {
-    "plain": lambda seed: make(seed=seed, per_leaf_step=False),
-    "per_leaf_step": lambda seed: make(seed=seed),
-    "amsgrad": lambda seed: make(seed=seed, hparams=AdamHparams(lr=0.1, amsgrad=True)),
-    "tensor_lr": lambda seed: make(seed=seed, hparams=AdamHparams(lr=torch.tensor(0.1 + seed), eps=torch.tensor(1e-8))),
+    "shared_step": lambda seed: make(seed=seed, per_leaf_step=False),
+    "tensor_lr": lambda seed: make(seed=seed, hparams=AdamHparams(lr=torch.tensor(0.1 + seed), amsgrad=True)),
     "none_gradient": lambda seed: changed(make(seed=seed), "grads", lambda _: None, "leaf1"),
-    "bfloat16": lambda seed: make(seed=seed, dtype=torch.bfloat16),
     "complex": lambda seed: make(seed=seed, dtype=torch.complex64),
     "parameters": lambda seed: make(seed=seed, layout=lambda x: nn.Parameter(x, requires_grad=False)),
     "transposed": lambda seed: changed(make(seed=seed), "grads", lambda x: x.mT),
