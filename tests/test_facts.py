@@ -356,5 +356,7 @@ def test_inference_tensors_are_refused_whatever_was_seen_in_whatever_mode() -> N
     with torch.inference_mode():
         call = make()
         adam_update(*make(), donate=True)
-        adam_update(*ordinary)  # last, since the latest memory is asked first
-    assert_refused(call, r"Cannot donate tensors made under torch\.inference_mode\(\)")
+        adam_update(*ordinary, donate=True)  # last, since the latest memory is asked first
+    for mode in (torch.enable_grad, torch.no_grad):  # the second has the grad mode of inference mode
+        with mode():
+            assert_refused(call, r"Cannot donate tensors made under torch\.inference_mode\(\)")
