@@ -1,4 +1,4 @@
-"""Real processes for tests of torch.distributed: spawned workers, joined by gloo on loopback, that a test can call."""
+"""Real processes for tests of torch.distributed: workers, joined by gloo on loopback, that a test can call."""
 
 import os
 import pickle
@@ -18,6 +18,8 @@ import torch.multiprocessing
 HOST = "127.0.0.1"
 TIME_LIMIT = 120.0  # seconds for one run; against hanging, not a measure of speed
 PATIENCE = 2.0  # seconds after the first failure for the others to fail too
+# A server imports these once. Workers are its forks, so that each of them starts at once.
+SHARED_IMPORTS = ["tests.test_dtensor", "tests.test_distributed", "torch.distributed.optim", "torch._dynamo"]
 
 
 class WorkerDiedError(Exception):
@@ -25,33 +27,21 @@ class WorkerDiedError(Exception):
 
 
 class Workers:
-    """Spawned processes that call functions together, as the ranks of a gloo process group.
+    """Processes that call functions together, as the ranks of a gloo process group.
 
-    They are started when first needed and kept, since each start imports torch. Give them to tests by a fixture of
-    module scope::
-
-        @pytest.fixture(scope="module")
-        def workers():
-            with Workers() as workers:
-                yield workers
+    They start when first needed, and end with the `with` statement::
 
         def add_ranks(offset):  # in a worker
             total = torch.tensor(dist.get_rank() + offset)
             dist.all_reduce(total)
             return total
 
-        def test_sum(workers):
+        with Workers() as workers:
             assert workers.run(2, add_ranks, 10) == [21, 21]
 
-    `run(2, add_ranks, 10)` calls `add_ranks(10)` in 2 processes at once and returns what they return, in the order of
-    ranks. The function must stand at the top of a module; arguments and results are pickled (plain tensors are,
-    DTensors are not). Each call has a process group of its own on a free port, which it finds initialised and must
-    not destroy. `MASTER_ADDR`, `MASTER_PORT`, `RANK` and `WORLD_SIZE` are set, so that RPC finds the same store by
-    "env://". Each process uses one thread; warnings raise, as in the tests.
-
-    If a function raises, `run` raises RuntimeError with the traceback; if a worker dies, WorkerDiedError; after
-    `time_limit` seconds, TimeoutError. All workers are then killed, and the next run starts new ones. None outlives the
-    `with` statement.
+    The function must stand at the top of a module; arguments and results are pickled (plain tensors are, DTensors are
+    not). It finds a process group on a free port, which it must not destroy, and the environment of "env://", so that
+    RPC finds the same store. Each process uses one thread; warnings raise, as in the tests.
     """
 
     def __init__(self) -> None:
@@ -63,19 +53,20 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(
-        self, count: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT
-    ) -> list[Any]:
-        """What `function(*arguments)` returns in each of `count` processes."""
+    def run(self, count: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT) -> Any:
+        """The list of what `function(*arguments)` returns in each of `count` processes, in the order of ranks.
+
+        If the function raises, RuntimeError has the traceback; if a worker dies, WorkerDiedError says so; after
+        `time_limit` seconds TimeoutError is raised. All workers are then killed, and the next run starts new ones.
+        """
         # The store lives here and picks its own port, which nobody can take in between.
         store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         while len(self._workers) < count:
             self._workers.append(_start())
-        workers = self._workers[:count]
         try:
-            for rank, (_, connection) in enumerate(workers):
+            for rank, (_, connection) in enumerate(self._workers[:count]):
                 connection.send_bytes(pickle.dumps((function, arguments, rank, count, store.port, time_limit)))
-            return self._answers(workers, time.monotonic() + time_limit)
+            return self._answers(count, time.monotonic() + time_limit)
         except BaseException:
             self.close(patience=0.0)
             raise
@@ -91,40 +82,38 @@ class Workers:
             process.join()
         self._workers = []
 
-    def _answers(self, workers: list[tuple[Any, Connection]], end: float) -> list[Any]:
-        answers: dict[int, Any] = {}
-        failed: list[str] = []
-        died: list[str] = []
-        waiting = {connection: rank for rank, (_, connection) in enumerate(workers)}
+    def _answers(self, count: int, end: float) -> list[Any]:
+        answers: list[Any] = [None] * count
+        faults: dict[type[Exception], list[str]] = {WorkerDiedError: [], RuntimeError: []}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:count])}
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
             if not ready:
+                faults[TimeoutError] = [f"No answer in time from ranks {sorted(waiting.values())}."]
                 break
             for connection in ready:
                 rank = waiting.pop(connection)
+                process = self._workers[rank][0]
                 try:
                     succeeded, answers[rank] = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    process = workers[rank][0]
                     process.join(PATIENCE)
-                    died.append(f"Rank {rank} died with exit code {process.exitcode}.")
+                    faults[WorkerDiedError].append(f"Rank {rank} died with exit code {process.exitcode}.")
                 else:
                     if not succeeded:
-                        failed.append(f"Rank {rank} failed:\n{answers[rank]}")
-                if died or failed:
+                        faults[RuntimeError].append(f"Rank {rank} failed:\n{answers[rank]}")
+                if any(faults.values()):
                     # The first to answer may be one that lost its connection to the one at fault.
                     end = min(end, time.monotonic() + PATIENCE)
-        if died:
-            raise WorkerDiedError("\n".join(died))
-        if failed:
-            raise RuntimeError("\n".join(failed))
-        if waiting:
-            raise TimeoutError(f"No answer in time from ranks {sorted(waiting.values())}.")
-        return [answers[rank] for rank in range(len(workers))]
+        for error, messages in faults.items():
+            if messages:
+                raise error("\n".join(messages))
+        return answers
 
 
 def _start() -> tuple[Any, Connection]:
-    context: Any = torch.multiprocessing.get_context("spawn")
+    context: Any = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SHARED_IMPORTS)
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there,), daemon=True)
     process.start()
@@ -145,8 +134,7 @@ def _serve(connection: Connection) -> None:
         except EOFError:  # the parent is gone
             return
         try:
-            answer = (True, _call(*pickle.loads(message)))
-            reply = pickle.dumps(answer)
+            reply = pickle.dumps((True, _call(*pickle.loads(message))))
         except Exception:
             reply = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(reply)
