@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR,
 
 from functional_adam import _FunctionalAdam, _FunctionalAdamW
 from tests.builders import assert_unchanged, snapshot
-from tests.oracles import TORCH_FLAGS, torch_adam
+from tests.oracles import torch_adam
 from tests.strategies import random_tensor
 from tests.test_cuda_path import CopyByOp, Recorder
 from tests.tolerances import assert_close, assert_equal
@@ -34,10 +34,12 @@ each_kernel = pytest.mark.parametrize("kernel", FLAGS)
 each_twin = pytest.mark.parametrize(("adapter", "optimizer_class"), TWINS, ids=["Adam", "AdamW"])
 each_adapter = pytest.mark.parametrize("adapter", [_FunctionalAdam, _FunctionalAdamW], ids=["Adam", "AdamW"])
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "numbers": {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
-    "flags": {"amsgrad": True, "maximize": True, "lr": 0.1, "weight_decay": 0.1},
+# Options and dtype of a run. torch's fused kernel takes no complex numbers.
+RUNS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "defaults": ({}, torch.float32),
+    "numbers": ({"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}, torch.float64),
+    "flags": ({"amsgrad": True, "maximize": True, "lr": 0.1, "weight_decay": 0.1}, torch.bfloat16),
+    "complex": ({"lr": 0.1}, torch.complex64),
 }
 
 
@@ -106,13 +108,19 @@ def assert_same_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 
 @each_kernel
 @each_twin
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: Any, kernel: str, options: Any) -> None:
-    gradients = [[g if (s + i) % 3 else None for i, g in enumerate(make_grads(s))] for s in (1, 2, 3, 4)]
-    expected = torch_adam(make_params(), gradients, options, kernel, optimizer_class=optimizer_class)
+@pytest.mark.parametrize("run", RUNS)
+def test_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: Any, kernel: str, run: str) -> None:
+    options, dtype = RUNS[run]
+    is_approximate = dtype.is_complex and kernel == "fused"
+    gradients = [[g if (s + i) % 3 else None for i, g in enumerate(make_grads(s, dtype))] for s in (1, 2, 3, 4)]
+    reference = "single" if is_approximate else kernel
+    expected = torch_adam(make_params(dtype), gradients, options, reference, optimizer_class=optimizer_class)
     for way in ("step", "step_param", "grad"):
         optimizer, params = train(adapter, gradients, way, **options, **FLAGS[kernel])
-        assert_same_state(optimizer, params, expected)
+        if is_approximate:
+            assert_close([p.detach() for p in params], expected.params)
+        else:
+            assert_same_state(optimizer, params, expected)
 
 
 @each_kernel
@@ -126,38 +134,6 @@ def test_trajectory_is_that_of_torchs_functional_class(adapter: Any, kernel: str
     _, params = train(lambda given: adapter(given, *arguments), gradients)
     _, expected = train(lambda given: make_torchs(adapter, [p.detach() for p in given], *arguments), gradients)
     assert_same_params(params, expected)
-
-
-@each_kernel
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.complex64])
-def test_other_dtypes_are_those_of_torch_optim(kernel: str, dtype: torch.dtype) -> None:
-    # torch's fused kernel takes no complex numbers.
-    reference_kernel = "single" if dtype.is_complex and kernel == "fused" else kernel
-    gradients = [make_grads(step, dtype) for step in range(3)]
-    expected = torch_adam(make_params(dtype), gradients, {"lr": 0.1}, reference_kernel)
-    _, params = train(_FunctionalAdam, gradients, lr=0.1, **FLAGS[kernel])
-    (assert_close if dtype.is_complex else assert_equal)([p.detach() for p in params], expected.params)
-
-
-def test_any_layout_gives_the_right_answer_under_fused() -> None:
-    # torch's class writes the wrong elements here.
-    param, grad = nn.Parameter(random_tensor((4, 6), torch.float32, 0).T), torch.ones(()).expand(6, 4)
-    expected = torch_adam([param], [[grad]], {"lr": 0.1}, "single").params
-    _FunctionalAdam([param], lr=0.1, fused=True).step([grad])
-    assert_close([param.detach()], expected)
-
-
-def test_step_counts_past_256_in_a_bfloat16_world() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        weight = torch.ones(2)
-        optimizer = _FunctionalAdam([weight])
-        optimizer.step([torch.ones(2)])
-        optimizer.state[weight]["step"].fill_(256)
-        optimizer.step([torch.ones(2)])
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert_equal(optimizer.state[weight]["step"], torch.tensor(257.0))
 
 
 def test_parameters_and_state_keep_their_objects_and_memory() -> None:
@@ -194,8 +170,7 @@ def test_grad_mode_does_not_matter() -> None:
     assert weight.requires_grad
 
 
-@pytest.mark.parametrize("is_positional", [True, False])
-def test_closure_is_run_with_grad_and_its_loss_returned(is_positional: bool) -> None:
+def test_closure_is_run_with_grad_and_its_loss_returned() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = _FunctionalAdam([weight], lr=0.1)
 
@@ -206,17 +181,17 @@ def test_closure_is_run_with_grad_and_its_loss_returned(is_positional: bool) -> 
         return loss
 
     with torch.no_grad():
-        assert (optimizer.step(closure) if is_positional else optimizer.step(closure=closure)) == 2.0
-    assert_close(weight.detach(), torch.full((2,), 0.9))
+        assert optimizer.step(closure) == 2.0
+        assert_close(weight, torch.full((2,), 0.9))
+        assert optimizer.step(closure=closure).item() == pytest.approx(1.62)
 
 
 # None, empty lists, unknown parameters.
 
 
-@each_adapter
-def test_none_makes_no_state_and_changes_nothing(adapter: Any) -> None:
+def test_none_makes_no_state_and_changes_nothing() -> None:
     params = make_params()
-    optimizer = adapter(params)
+    optimizer = _FunctionalAdam(params)
     before = snapshot(params)
     optimizer.step([None] * len(params))
     optimizer.step()
@@ -257,14 +232,20 @@ FAULTS: list[tuple[Any, type[Exception], str]] = [
     (torch.ones(7, dtype=torch.complex64), TypeError, r"grads\[1\] is of torch.complex64"),
     (1.0, TypeError, r"grads\[1\] is of type float"),
 ]
+WRONG_LISTS: list[tuple[Any, type[Exception], str]] = [
+    ([], ValueError, r"^gradients has length 0, but the optimizer has 5 parameters"),
+    ([torch.ones(1)] * 6, ValueError, r"^gradients has length 6, but the optimizer has 5 parameters"),
+    (torch.ones(5), TypeError, r"gradients is of type Tensor\. Expected a list"),
+    (1.0, TypeError, r"gradients is of type float\. Expected a list"),
+    (lambda: 0.0, TypeError, r"gradients is of type function\. Expected a list"),
+]
 
 
 @each_kernel
-@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("is_first", [True, False])
-def test_a_failed_step_changes_nothing(kernel: str, is_first: bool, groups: int) -> None:
+def test_a_failed_step_of_one_group_or_several_changes_nothing(kernel: str, is_first: bool) -> None:
     params = make_params()
-    split = [{"params": params[:1]}, {"params": params[1:]}] if groups == 2 else params
+    split = params if is_first else [{"params": params[:1]}, {"params": params[1:]}]
     optimizer = _FunctionalAdam(split, lr=0.1, **FLAGS[kernel])
     gradients = [make_grads(1)] if is_first else [make_grads(0), make_grads(1)]
     for grads in gradients[:-1]:
@@ -276,56 +257,34 @@ def test_a_failed_step_changes_nothing(kernel: str, is_first: bool, groups: int)
             optimizer.step([bad if i == 1 else grad for i, grad in enumerate(make_grads(1))])
         with pytest.raises(error, match=match.replace(r"\[1\]", r"\[0\]")):
             optimizer.step_param(params[1], bad)
-        assert_unchanged(tensors_in(optimizer, params), before)
+    for bad, error, match in WRONG_LISTS:
+        with pytest.raises(error, match=match):
+            # Beside a closure, a function is no closure.
+            optimizer.step(bad, (lambda: 1.0) if callable(bad) else None)
+    assert_unchanged(tensors_in(optimizer, params), before)
     assert len(optimizer.state) == (0 if is_first else len(params))
     optimizer.step(gradients[-1])
     assert_same_params(params, torch_adam(make_params(), gradients, {"lr": 0.1}, kernel).params)
 
 
-@pytest.mark.parametrize(
-    ("gradients", "error", "match"),
-    [
-        ([], ValueError, r"^gradients has length 0, but the optimizer has 5 parameters"),
-        ([torch.ones(1)] * 6, ValueError, r"^gradients has length 6, but the optimizer has 5 parameters"),
-        (torch.ones(5), TypeError, r"gradients is of type Tensor\. Expected a list"),
-        (1.0, TypeError, r"gradients is of type float\. Expected a list"),
-        # Beside a closure, a function is no closure.
-        (lambda: 0.0, TypeError, r"gradients is of type function\. Expected a list"),
-    ],
-)
-def test_gradients_that_are_no_list_of_the_right_length_are_refused(gradients: Any, error: Any, match: str) -> None:
-    params = make_params()
-    before = snapshot(params)
-    with pytest.raises(error, match=match):
-        _FunctionalAdam(params).step(gradients, (lambda: 1.0) if callable(gradients) else None)
-    assert_unchanged(params, before)
-
-
-def test_a_parameter_listed_twice_is_refused() -> None:
-    weight = torch.ones(2)
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        optimizer = _FunctionalAdam([weight, weight])
-    with pytest.raises(RuntimeError, match=r"Cannot donate params\[0\]: it shares memory with params\[1\]"):
-        optimizer.step([weight.clone(), weight.clone()])
-    assert_equal(weight, torch.ones(2))
-
-
-@pytest.mark.parametrize("kernel", ["single", "foreach"])
-def test_a_step_of_several_groups_that_cannot_be_computed_changes_none(kernel: str) -> None:
+def test_tensors_that_share_memory_or_have_a_wrong_state_are_refused_before_any_group_changes() -> None:
     a, b = torch.ones(2), torch.ones(2)
-    optimizer = _FunctionalAdam([{"params": [a]}, {"params": [b]}], **FLAGS[kernel])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = _FunctionalAdam([a, a])
+    with pytest.raises(RuntimeError, match=r"Cannot donate params\[0\]: it shares memory with params\[1\]"):
+        optimizer.step([a.clone(), a.clone()])
+    optimizer = _FunctionalAdam([{"params": [a]}, {"params": [b]}])
     with pytest.raises(RuntimeError, match=r"params\[0\]: it shares memory with grads\[1\]"):
         optimizer.step([torch.ones(2), a])
     assert a.tolist() == b.tolist() == [1.0, 1.0]
     optimizer.step([torch.ones(2), torch.ones(2)])
-    optimizer.state[b]["step"].fill_(-1)
-    before = a.clone()
-    with pytest.raises(ValueError, match=r"state.step.* is -1"):
+    before = snapshot(tensors_in(optimizer, [a, b]))
+    optimizer.param_groups[1]["amsgrad"] = True
+    with pytest.raises(TypeError, match=r"state.max_exp_avg_sq\[1\] is of type NoneType"):
         optimizer.step([torch.ones(2), torch.ones(2)])
-    assert torch.equal(a, before)
+    assert_unchanged(tensors_in(optimizer, [a, b]), before)
 
 
-@each_twin
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -338,37 +297,37 @@ def test_a_step_of_several_groups_that_cannot_be_computed_changes_none(kernel: s
         ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
     ],
 )
-def test_bad_hyperparameters_are_refused_in_torchs_words(
-    adapter: Any, optimizer_class: Any, options: dict[str, Any], error: type[Exception], match: str
-) -> None:
-    with pytest.raises(error, match=match) as theirs:
-        optimizer_class(make_params(), **options)
-    with pytest.raises(error, match=match) as ours:
-        adapter(make_params(), **options)
-    assert str(ours.value).startswith(str(theirs.value))
-    with pytest.raises(error, match=match):
-        adapter([{"params": make_params(), **options}])
+def test_bad_hyperparameters_are_refused_in_torchs_words(options: Any, error: type[Exception], match: str) -> None:
+    for adapter, optimizer_class in TWINS:
+        with pytest.raises(error, match=match) as theirs:
+            optimizer_class(make_params(), **options)
+        for given, more in ((make_params(), options), ([{"params": make_params(), **options}], {})):
+            with pytest.raises(error, match=match) as ours:
+                adapter(given, **more)
+            assert str(ours.value).startswith(str(theirs.value))
 
 
 @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas[0]", "betas[1]"])
-@pytest.mark.parametrize("shape", [(2,), (0,), (2, 1)])
-def test_a_tensor_of_other_than_one_element_is_refused_in_torchs_words(name: str, shape: tuple[int, ...]) -> None:
-    number = torch.full(shape, 0.5)
-    options = {"betas[0]": {"betas": (number, 0.9)}, "betas[1]": {"betas": (0.9, number)}}.get(name, {name: number})
-    match = rf"^Tensor {re.escape(name)} must be 1-element, but it has shape {re.escape(str(shape))}"
+def test_a_tensor_of_other_than_one_element_is_refused_in_torchs_words(name: str) -> None:
     params = make_params()
-    for given in (params, [{"params": params, "lr": 0.1, **options}]):
-        with pytest.raises(ValueError, match=match):
-            _FunctionalAdam(given, **options)
-    optimizer = _FunctionalAdam(params)
-    optimizer.defaults.update(options)
     before = snapshot(params)
-    with pytest.raises(ValueError, match=match):
-        optimizer.step(make_grads(0))
-    assert not optimizer.state
+    for shape in ((2,), (0,), (2, 1)):
+        number = torch.full(shape, 0.5)
+        options = {"betas[0]": {"betas": (number, 0.9)}, "betas[1]": {"betas": (0.9, number)}}.get(name, {name: number})
+        match = rf"^Tensor {re.escape(name)} must be 1-element, but it has shape {re.escape(str(shape))}"
+        for given in (params, [{"params": params, "lr": 0.1, **options}]):
+            with pytest.raises(ValueError, match=match):
+                _FunctionalAdam(given, **options)
+        optimizer = _FunctionalAdam(params)
+        optimizer.defaults.update(options)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step(make_grads(0))
+        assert not optimizer.state
     assert_unchanged(params, before)
     with pytest.raises(ValueError, match=r"^Tensor lr must be 1-element$"):
         torch.optim.Adam(make_params(), lr=number)
+    with pytest.raises(TypeError, match=r"hparams.lr has the layout torch.sparse_coo"):
+        _FunctionalAdam(params, lr=torch.ones(1).to_sparse())
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -385,11 +344,6 @@ def test_a_tensor_of_one_element_is_a_number_in_any_shape(kernel: str, shape: tu
             one.step(make_grads(step))
             one.param_group["lr"] *= 0.5
     assert_same_params(ours, theirs)
-
-
-def test_a_sparse_number_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"hparams.lr has the layout torch.sparse_coo"):
-        _FunctionalAdam(make_params(), lr=torch.ones(1).to_sparse())
 
 
 # Hyperparameters come from the groups.
@@ -417,19 +371,19 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("way", ["step", "step_param"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers_take_effect(scheduler: str, way: str) -> None:
-    ours, theirs = make_params(), make_params()
-    optimizer, reference = _FunctionalAdam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1, **TORCH_FLAGS["single"])
-    schedulers = [SCHEDULERS[scheduler](optimizer), SCHEDULERS[scheduler](reference)]
-    for step in range(4):
-        update(reference, theirs, make_grads(step), "grad")
-        update(optimizer, ours, make_grads(step), way)
-        for one in schedulers:
-            one.step(*([1.0] if scheduler == "plateau" else []))
-    assert optimizer.param_groups[0]["lr"] != 0.1
-    assert_same_params(ours, theirs)
+def test_schedulers_take_effect(scheduler: str) -> None:
+    for way in ("step", "step_param"):
+        ours, theirs = make_params(), make_params()
+        optimizer, reference = _FunctionalAdam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1, foreach=False)
+        schedulers = [SCHEDULERS[scheduler](optimizer), SCHEDULERS[scheduler](reference)]
+        for step in range(4):
+            update(reference, theirs, make_grads(step), "grad")
+            update(optimizer, ours, make_grads(step), way)
+            for one in schedulers:
+                one.step(*([1.0] if scheduler == "plateau" else []))
+        assert optimizer.param_groups[0]["lr"] != 0.1
+        assert_same_params(ours, theirs)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -469,42 +423,33 @@ def test_flags_are_attributes_as_in_torchs_class(name: str, copied: bool) -> Non
     assert_same_params([p for group in optimizer.param_groups for p in group["params"]], expected)
 
 
-def test_attributes_take_effect_at_the_next_step_as_in_torchs_class() -> None:
+def test_attributes_take_effect_or_are_refused_at_the_next_step() -> None:
     ours, theirs = make_params(), [p.detach() for p in make_params()]
-    pair = (_FunctionalAdam(ours, lr=0.1), make_torchs(_FunctionalAdam, theirs, lr=0.1))
+    optimizer, reference = _FunctionalAdam(ours, lr=0.1), make_torchs(_FunctionalAdam, theirs, lr=0.1)
     for step, flags in enumerate(({"maximize": True}, {"maximize": False, "foreach": True}, {"foreach": False})):
-        for one in pair:
+        for one in (optimizer, reference):
             for name, value in flags.items():
                 setattr(one, name, value)
             one.step(make_grads(step))
         assert_same_params(ours, theirs)
-
-
-def test_attributes_that_make_no_sense_are_refused_at_the_next_step() -> None:
-    params = make_params()
-    optimizer = _FunctionalAdam(params, foreach=True)
-    before = snapshot(params)
-    optimizer.fused = True
+    before = snapshot(tensors_in(optimizer, ours))
+    optimizer.foreach = optimizer.fused = True
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
         optimizer.step(make_grads(0))
     optimizer.foreach, optimizer.maximize = False, 1
     with pytest.raises(TypeError, match=r"hparams\.maximize is 1\. Expected True or False"):
         optimizer.step(make_grads(0))
-    assert not optimizer.state
-    assert_unchanged(params, before)
+    assert_unchanged(tensors_in(optimizer, ours), before)
 
 
 # State that travels.
 
 
 @each_twin
-@pytest.mark.parametrize("amsgrad", [False, True])
 @each_kernel
-def test_state_dicts_are_exchanged_with_torch_optim(
-    adapter: Any, optimizer_class: Any, amsgrad: bool, kernel: str
-) -> None:
+def test_state_dicts_are_exchanged_with_torch_optim(adapter: Any, optimizer_class: Any, kernel: str) -> None:
     gradients = [make_grads(step) for step in range(6)]
-    options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": amsgrad}
+    options = {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True}
     params = make_params()
     # Ours, torch's and ours take two steps each, and hand on through a file.
     optimizer = adapter(params, **options, **FLAGS[kernel])
@@ -557,15 +502,6 @@ def test_copies_go_on_by_themselves(adapter: Any, way: str) -> None:
     assert twin.param_group["lr"] == 0.05
     assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
     assert_same_params(twin.param_group["params"], params)
-
-
-def test_amsgrad_without_its_moment_is_an_error() -> None:
-    weight = torch.ones(2)
-    optimizer = _FunctionalAdam([weight])
-    optimizer.step([weight.clone()])
-    optimizer.param_group["amsgrad"] = True
-    with pytest.raises(TypeError, match=r"state.max_exp_avg_sq\[0\] is of type NoneType"):
-        optimizer.step([weight.clone()])
 
 
 # Threads.
@@ -621,19 +557,3 @@ def test_cuda_trajectory_is_that_of_torch_optim(adapter: Any, optimizer_class: A
         optimizer.step(grads)
     (assert_equal if kernel == "fused" else assert_close)(params, expected.params)
     assert all(optimizer.state[p]["step"].is_cuda for p in params)
-
-
-# Silence.
-
-
-@each_adapter
-def test_construction_and_steps_warn_about_nothing(adapter: Any) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        params = make_params()
-        optimizer = adapter(params)
-        optimizer.step(make_grads(0))
-        optimizer.step_param(params[0], make_grads(1)[0])
-        optimizer.zero_grad()
-    assert not caught
-    assert "lr: 0.001" in repr(optimizer)
