@@ -53,11 +53,11 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, count: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT) -> Any:
-        """The list of what `function(*arguments)` returns in each of `count` processes, in the order of ranks.
+    def run(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns in each of `count` processes, in the order of ranks.
 
-        If the function raises, RuntimeError has the traceback; if a worker dies, WorkerDiedError says so; after
-        `time_limit` seconds TimeoutError is raised. All workers are then killed, and the next run starts new ones.
+        If it raises, RuntimeError has the traceback; if a worker dies, WorkerDiedError says so; after the time limit
+        TimeoutError is raised. All workers are then killed, and the next run starts new ones.
         """
         # The store lives here and picks its own port, which nobody can take in between.
         store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -65,8 +65,8 @@ class Workers:
             self._workers.append(_start())
         try:
             for rank, (_, connection) in enumerate(self._workers[:count]):
-                connection.send_bytes(pickle.dumps((function, arguments, rank, count, store.port, time_limit)))
-            return self._answers(count, time.monotonic() + time_limit)
+                connection.send_bytes(pickle.dumps((function, arguments, rank, count, store.port)))
+            return self._answers(count)
         except BaseException:
             self.close(patience=0.0)
             raise
@@ -75,40 +75,35 @@ class Workers:
         """End all workers; kill those that still run after `patience` seconds."""
         for _, connection in self._workers:
             connection.close()  # an idle worker ends at that
-        end = time.monotonic() + patience
         for process, _ in self._workers:
-            process.join(max(0.0, end - time.monotonic()))
+            process.join(patience)
             process.kill()
             process.join()
         self._workers = []
 
-    def _answers(self, count: int, end: float) -> list[Any]:
-        answers: list[Any] = [None] * count
-        faults: dict[type[Exception], list[str]] = {WorkerDiedError: [], RuntimeError: []}
+    def _answers(self, count: int) -> list[Any]:
+        replies: dict[int, Any] = {}
+        errors: list[Exception] = []
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:count])}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
-            if not ready:
-                faults[TimeoutError] = [f"No answer in time from ranks {sorted(waiting.values())}."]
-                break
+        end = time.monotonic() + TIME_LIMIT
+        while waiting and (ready := wait(list(waiting), timeout=max(0.0, end - time.monotonic()))):
             for connection in ready:
                 rank = waiting.pop(connection)
-                process = self._workers[rank][0]
                 try:
-                    succeeded, answers[rank] = pickle.loads(connection.recv_bytes())
+                    error, replies[rank] = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
+                    process = self._workers[rank][0]
                     process.join(PATIENCE)
-                    faults[WorkerDiedError].append(f"Rank {rank} died with exit code {process.exitcode}.")
+                    errors.insert(0, WorkerDiedError(f"Rank {rank} died with exit code {process.exitcode}."))
                 else:
-                    if not succeeded:
-                        faults[RuntimeError].append(f"Rank {rank} failed:\n{answers[rank]}")
-                if any(faults.values()):
-                    # The first to answer may be one that lost its connection to the one at fault.
+                    errors += [RuntimeError(f"Rank {rank} failed:\n{error}")] if error else []
+                if errors:  # The first to answer may be one that lost its connection to the one at fault.
                     end = min(end, time.monotonic() + PATIENCE)
-        for error, messages in faults.items():
-            if messages:
-                raise error("\n".join(messages))
-        return answers
+        if not errors and waiting:
+            raise TimeoutError(f"No answer in time from ranks {sorted(waiting.values())}.")
+        if errors:
+            raise type(errors[0])("\n".join(map(str, errors)))
+        return [replies[rank] for rank in range(count)]
 
 
 def _start() -> tuple[Any, Connection]:
@@ -134,17 +129,15 @@ def _serve(connection: Connection) -> None:
         except EOFError:  # the parent is gone
             return
         try:
-            reply = pickle.dumps((True, _call(*pickle.loads(message))))
+            reply = pickle.dumps((None, _call(*pickle.loads(message))))
         except Exception:
-            reply = pickle.dumps((False, traceback.format_exc()))
+            reply = pickle.dumps((traceback.format_exc(), None))
         connection.send_bytes(reply)
 
 
-def _call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, count: int, port: int, time_limit: float
-) -> Any:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, count: int, port: int) -> Any:
     os.environ.update(MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
-    timeout = timedelta(seconds=time_limit)
+    timeout = timedelta(seconds=TIME_LIMIT)
     store = dist.TCPStore(HOST, port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     try:
