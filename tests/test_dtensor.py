@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,10 @@ def test_sharded_update_is_the_unsharded_one(workers: Workers, mesh_shape: tuple
 RATE = AdamHparams(lr=0.1)
 
 
+def in_rows(x: Tensor) -> DTensor:
+    return distribute_tensor(x, init_device_mesh("cpu", (2,)), [Shard(0)])
+
+
 def gradients_are_brought_to_the_placements_of_their_parameters() -> None:
     mesh = init_device_mesh("cpu", (2,))
     param, grad = (torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -151,11 +156,10 @@ def gradients_are_brought_to_the_placements_of_their_parameters() -> None:
 
 def found_inf_and_grad_scale_may_be_dtensors() -> None:
     """Under one rank only: an infinity that is a sum still to be made, and a scale that is a norm of shards."""
-    mesh = init_device_mesh("cpu", (2,))
     plain = {"w": torch.arange(6.0), "plain": torch.ones(2)}
-    params = {**plain, "w": distribute_tensor(plain["w"], mesh, [Shard(0)])}
+    params = {**plain, "w": in_rows(plain["w"])}
     state = adam_init(params, RATE)
-    flag = DTensor.from_local(torch.tensor(float(dist.get_rank())), mesh, [Partial()])
+    flag = DTensor.from_local(torch.tensor(float(dist.get_rank())), params["w"].device_mesh, [Partial()])
     skipped = adam_update(params, params, state, RATE, found_inf=flag)
     norm = nn.utils.get_total_norm([params["w"]])
     assert isinstance(norm, DTensor)
@@ -165,24 +169,17 @@ def found_inf_and_grad_scale_may_be_dtensors() -> None:
     assert_close(full(scaled), adam_update(plain, plain, adam_init(plain, RATE), RATE, grad_scale=55**0.5))
 
 
-def an_explanation_is_of_this_process_and_names_the_gradients_that_travel() -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    params = {name: distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]) for name in ("a", "b")}
-    grads = {"a": params["a"], "b": distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])}
-    found = explain(params, grads, adam_init(params, RATE), RATE)
-    assert found.groups[0].element_count == 12
-    assert found.new_memory[0].nbytes == 48
+def a_leaf_may_have_no_gradient_and_an_explanation_is_of_this_process_and_names_what_travels() -> None:
+    params = {name: in_rows(torch.ones(4, 3)) for name in ("a", "b", "stands")}
+    grads = {"a": params["a"], "b": params["b"].redistribute(placements=[Replicate()]), "stands": None}
+    state = adam_init(params, RATE, per_leaf_step=True)
+    found = explain(params, grads, state, RATE)
+    assert (found.groups[0].element_count, found.new_memory[0].nbytes) == (12, 72)
     copies = [tuple(x) for x in found.new_memory if "result" not in x.why]
     assert copies == [(["grads['b']"], 24, "is redistributed to the placements of its parameter")]
-
-
-def a_leaf_without_gradient_stands_still() -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    params = {name: distribute_tensor(torch.ones(3), mesh, [Shard(0)]) for name in ("moves", "stands")}
-    state = adam_init(params, RATE, per_leaf_step=True)
-    new, state = full(adam_update(params, {"moves": params["moves"], "stands": None}, state, RATE))
-    assert_close(new, {"moves": torch.full((3,), 0.9), "stands": torch.ones(3)})
-    assert state.step == {"moves": 1, "stands": 0}
+    new, state = full(adam_update(params, grads, state, RATE))
+    assert_close(new, {"a": torch.full((4, 3), 0.9), "b": torch.full((4, 3), 0.9), "stands": torch.ones(4, 3)})
+    assert state.step == {"a": 1, "b": 1, "stands": 0}
 
 
 def misfits_are_errors_that_name_the_leaf() -> None:
@@ -190,7 +187,7 @@ def misfits_are_errors_that_name_the_leaf() -> None:
     plain = torch.arange(6.0).view(3, 2)
     rows, columns = (distribute_tensor(plain, mesh, [Shard(dim)]) for dim in (0, 1))
     elsewhere = distribute_tensor(plain, other_mesh, [Replicate(), Shard(0)])
-    partial = DTensor.from_local(plain, mesh, [Partial()])
+    unsummed = DTensor.from_local(plain, mesh, [Partial()])
     own_rows = plain[:1] if dist.get_rank() == 0 else plain[1:]
     unequal = DTensor.from_local(own_rows, mesh, [Shard(0)], shape=(3, 2), stride=(2, 1))
 
@@ -198,25 +195,24 @@ def misfits_are_errors_that_name_the_leaf() -> None:
         state = adam_init({"w": moment}, RATE)
         return adam_update({"w": param}, {"w": grad}, state, AdamHparams(lr=lr), **options)
 
-    def refused(match: str, *leaves: Any, error: type[Exception] = ValueError, **options: Any) -> None:
+    def refused(error: type[Exception], match: str, *leaves: Any, **options: Any) -> None:
         with pytest.raises(error, match=match) as caught:
             update(*leaves, **options)
         assert caught.type is error
 
     grads, params, moment = r"grads\['w'\]", r"params\['w'\]", r"state\.exp_avg\['w'\]"
-    refused(f"{grads} is a DTensor on .*, but {params} is no DTensor", plain, rows, plain)
+    refused(ValueError, f"{grads} is a DTensor on .*, but {params} is no DTensor", plain, rows, plain)
     for name, leaves in ((grads, lambda x: (rows, x, rows)), (moment, lambda x: (rows, rows, x))):
-        refused(f"{name} is no DTensor, but {params} is a DTensor on ", *leaves(plain))
-        refused(rf"{name} is on DeviceMesh\(.*, but {params} is on DeviceMesh", *leaves(elsewhere))
-        refused(f"{name} has a local shard of shape .*, but {params} has", *leaves(unequal))
-    refused(rf"{moment} is placed as .*dim=1\).*, but {params} as .*Shard\(dim=0\)", rows, rows, columns)
-    refused(f"{params} is placed as .*Partial.*redistribute", partial, rows, partial)
-    refused(f"{params}: it shares memory with {grads}", rows, rows, rows, error=RuntimeError, donate=True)
+        refused(ValueError, f"{name} is no DTensor, but {params} is a DTensor on ", *leaves(plain))
+        refused(ValueError, rf"{name} is on DeviceMesh\(.*, but {params} is on DeviceMesh", *leaves(elsewhere))
+        refused(ValueError, f"{name} has a local shard of shape .*, but {params} has", *leaves(unequal))
+    refused(ValueError, rf"{moment} is placed as .*dim=1\).*, but {params} as .*Shard\(dim=0\)", rows, rows, columns)
+    refused(ValueError, f"{params} is placed as .*Partial.*redistribute", unsummed, rows, unsummed)
+    refused(RuntimeError, f"{params}: it shares memory with {grads}", rows, rows, rows, donate=True)
 
     watched = f"{params} is a DTensor, and the update is watched by"
-    refused(f"{watched} autograd .*torch.no_grad", rows.detach().requires_grad_(), rows, rows, error=RuntimeError)
-    watched_rate = torch.tensor(0.1, requires_grad=True)
-    refused(f"{watched} autograd", rows, rows, rows, error=RuntimeError, lr=watched_rate)
+    refused(RuntimeError, f"{watched} autograd .*torch.no_grad", rows.detach().requires_grad_(), rows, rows)
+    refused(RuntimeError, f"{watched} autograd", rows, rows, rows, lr=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(RuntimeError, match=f"{watched} a torch.func transform"):
         torch.func.vmap(lambda scale: update(rows, rows, rows, grad_scale=scale))(torch.ones(2))
 
@@ -226,9 +222,8 @@ def misfits_are_errors_that_name_the_leaf() -> None:
 
 
 def autograd_notices_that_a_saved_dtensor_was_donated() -> None:
-    mesh = init_device_mesh("cpu", (2,))
     for kernel in KERNELS:
-        param = distribute_tensor(torch.ones(4), mesh, [Shard(0)]).requires_grad_()
+        param = in_rows(torch.ones(4)).requires_grad_()
         loss = (param * param).sum()
         with torch.no_grad():
             adam_update(param, param.clone(), adam_init(param, RATE), RATE, kernel=kernel, donate=True)
@@ -237,25 +232,18 @@ def autograd_notices_that_a_saved_dtensor_was_donated() -> None:
 
 
 def a_compiled_update_is_the_eager_unsharded_one() -> None:
-    torch._dynamo.reset()
-    mesh = init_device_mesh("cpu", (2,))
-    plain = tuple({"w": x} for x in (torch.ones(4, 3), torch.arange(12.0).view(4, 3)))
-    params, grads = ({"w": distribute_tensor(tree["w"], mesh, [Shard(0)])} for tree in plain)
-    step = torch.compile(
-        lambda params, grads, state: adam_update(params, grads, state, RATE), fullgraph=True, backend="aot_eager"
-    )
-    new = step(params, grads, adam_init(params, RATE))
-    assert new[0]["w"].placements == new[1].exp_avg["w"].placements == (Shard(0),)
-    assert_close(full(new), adam_update(*plain, adam_init(plain[0], RATE), RATE))
+    plain, grads = torch.ones(4, 3), torch.arange(12.0).view(4, 3)
+    step = torch.compile(lambda *call: adam_update(*call, RATE), fullgraph=True, backend="aot_eager")
+    new = step(in_rows(plain), in_rows(grads), adam_init(in_rows(plain), RATE))
+    assert new[0].placements == new[1].exp_avg.placements == (Shard(0),)
+    assert_close(full(new), adam_update(plain, grads, adam_init(plain, RATE), RATE))
 
 
 def training_with_fully_shard_is_that_of_torch_optim_bit_for_bit() -> None:
     for kernel in KERNELS:
-        mesh = init_device_mesh("cpu", (2,))
-        losses, params, _ = train(shard(make_model(), mesh), kernel)
-        model = shard(make_model(), mesh)
-        options = {"lr": 3e-3, "weight_decay": 0.01, "amsgrad": True}
-        optimizer = torch.optim.Adam(model.parameters(), **options, **TORCH_FLAGS[kernel])
+        losses, params, _ = train_sharded(kernel)
+        model = shard(make_model(), init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3, weight_decay=0.01, amsgrad=True, **TORCH_FLAGS[kernel])
         for step in range(STEPS):
             loss = batch_loss(model, step)
             loss.backward()
@@ -270,8 +258,7 @@ def training_with_fully_shard_is_that_of_torch_optim_bit_for_bit() -> None:
     [
         gradients_are_brought_to_the_placements_of_their_parameters,
         found_inf_and_grad_scale_may_be_dtensors,
-        an_explanation_is_of_this_process_and_names_the_gradients_that_travel,
-        a_leaf_without_gradient_stands_still,
+        a_leaf_may_have_no_gradient_and_an_explanation_is_of_this_process_and_names_what_travels,
         misfits_are_errors_that_name_the_leaf,
         autograd_notices_that_a_saved_dtensor_was_donated,
         a_compiled_update_is_the_eager_unsharded_one,
@@ -313,37 +300,51 @@ def shard_tensor_parallel(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequenti
     return shard(model, mesh["data"])
 
 
-def train(
-    model: nn.Module,
-    kernel: Any,
-    *,
-    stop: int = STEPS,
-    folder: Path | None = None,
-    save_at: tuple[int, ...] = (),
-    before: Callable[[str, int], None] = lambda _, __: None,
-) -> tuple[dict[int, float], Any, Any]:
-    """Continue from the last checkpoint in `folder`. Returns the loss of each step, full parameters and state."""
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# On how many processes the run continues, and the rank that dies, in which method, from which moment on.
+CRASHES: dict[str, tuple[int, int, tuple[Any, str], tuple[str, int]]] = {
+    "training": (1, 1, (nn.Module, "named_parameters"), ("training", 4)),
+    "writing shards": (2, 1, (dcp.FileSystemWriter, "write_data"), ("saving", 5)),
+    "writing metadata": (3, 0, (dcp.FileSystemWriter, "finish"), ("saving", 5)),
+    "renaming": (4, 0, (os, "replace"), ("saving", 5)),
+}
+
+
+def train(model: nn.Module, kernel: Any = "single", *, folder: Path | None = None, crash: str | None = None) -> Any:
+    """From the last checkpoint in `folder` on: the loss of each step, full parameters and state."""
+
+    def may_die(*now: Any) -> None:
+        if crash and (dist.get_rank(), now) == (CRASHES[crash][1], CRASHES[crash][3]):
+            setattr(*CRASHES[crash][2], die)
+
     params = {name: weight.detach() for name, weight in model.named_parameters()}
     state = adam_init(params, HPARAMS)
     if folder and (found := latest_checkpoint(folder)):
         load_checkpoint(found, params, state)
     losses: dict[int, float] = {}
-    for step in range(int(state.step), stop):
+    for step in range(int(state.step), STEPS):
         loss = batch_loss(model, step)
         loss.backward()
-        before("training", step)
+        may_die("training", step)
         grads = {name: weight.grad for name, weight in model.named_parameters()}
         params, state = adam_update(params, grads, state, HPARAMS, kernel=kernel, donate=True)
         model.zero_grad()
         losses[step] = loss.item()
-        if folder and step + 1 in save_at:
-            before("saving", step)
+        if folder and step in (2, 5):
+            may_die("saving", step)
             save_checkpoint(folder, params, state)
     return losses, full(params), tuple(full(state))
 
 
+def train_sharded(kernel: str = "single", **options: Any) -> Any:
+    return train(shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),))), kernel, **options)
+
+
 def train_plain() -> Any:
-    return train(make_model(), "single")
+    return train(make_model())
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ def assert_same_run(run: Any, plain: Any, *, first: int = 0, has_other_sums: boo
 
 def train_in_two_dimensions() -> Any:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    return [train(split(make_model(), mesh), "single") for split in (shard, shard_tensor_parallel)]
+    return [train(split(make_model(), mesh)) for split in (shard, shard_tensor_parallel)]
 
 
 def test_training_on_a_mesh_of_two_dimensions_is_plain_training(workers: Workers, plain: Any):
@@ -377,51 +378,16 @@ def test_training_on_a_mesh_of_two_dimensions_is_plain_training(workers: Workers
         assert_same_run(tensor_parallel, plain, has_other_sums=True)
 
 
-# Checkpoints.
-
-
-def die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-# The rank that dies, in which method, from which moment on.
-CRASHES: dict[str, tuple[int, tuple[Any, str], tuple[str, int]]] = {
-    "training": (1, (nn.Module, "named_parameters"), ("training", 4)),
-    "writing shards": (1, (dcp.FileSystemWriter, "write_data"), ("saving", 5)),
-    "writing metadata": (0, (dcp.FileSystemWriter, "finish"), ("saving", 5)),
-    "renaming": (0, (os, "replace"), ("saving", 5)),
-}
-
-
-def train_with_checkpoints(folder: Path, stop: int, save_at: tuple[int, ...], crash: str | None = None) -> Any:
-    def before(*now: Any) -> None:
-        if crash is not None:
-            rank, method, moment = CRASHES[crash]
-            if (dist.get_rank(), now) == (rank, moment):
-                setattr(*method, die)
-
-    model = shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),)))
-    return train(model, "single", stop=stop, folder=folder, save_at=save_at, before=before)
-
-
-def test_checkpoint_of_two_processes_continues_on_others(workers: Workers, plain: Any, tmp_path: Path):
-    for losses, *_ in workers.run(2, train_with_checkpoints, tmp_path, 4, (2, 4)):
-        assert losses == {step: plain[0][step] for step in range(4)}
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000004"
-    for count in (1, 3, 4):
-        for run in workers.run(count, train_with_checkpoints, tmp_path, STEPS, ()):
-            assert_same_run(run, plain, first=4, has_other_sums=count == 3)  # a third of a sum of three rounds
-
-
 @pytest.mark.parametrize("crash", CRASHES)
-def test_a_killed_run_loses_only_what_followed_the_last_complete_checkpoint(
+def test_a_killed_run_of_two_processes_continues_on_others_from_the_last_complete_checkpoint(
     workers: Workers, plain: Any, tmp_path: Path, crash: str
 ):
     # Of their own: with a killed process goes its record of the lines that it has run.
     with Workers() as doomed, pytest.raises(WorkerDiedError, match="died with exit code -9"):
-        doomed.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6), crash)
+        doomed.run(2, partial(train_sharded, folder=tmp_path, crash=crash))
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
     assert (tmp_path / "unfinished-step-00000006").exists() == (crash != "training")
-    for run in workers.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6)):
-        assert_same_run(run, plain, first=3)
+    count, *_ = CRASHES[crash]
+    for run in workers.run(count, partial(train_sharded, folder=tmp_path)):
+        assert_same_run(run, plain, first=3, has_other_sums=count == 3)  # a third of a sum of three rounds
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]
