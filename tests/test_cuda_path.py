@@ -5,7 +5,7 @@ FakeTensorMode makes CUDA tensors without a GPU: they have everything but values
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.builders import tensors_of
 from tests.oracles import KERNELS
+from tests.strategies import COMPLEX_DTYPES
 
 FUSED = ("_fused_adam_", "_fused_adamw_")
 DEVICES = ("cpu", "cuda:0", "cuda:1")
@@ -123,7 +124,9 @@ def test_auto_and_fused_make_one_fused_call_per_device_and_dtype(name: str, dona
         flags = {"amsgrad": amsgrad, "decoupled_weight_decay": name == "_fused_adamw_"}
         hparams = AdamHparams(**options, **flags, betas=(0.8, 0.9))
         dtypes = (torch.float32, torch.bfloat16)
-        recorder, _ = run(make(dtypes, devices, hparams=hparams, per_leaf_step=True), kernel=kernel, donate=donate)
+        recorder, _ = run(
+            make(dtypes, devices, hparams=hparams, per_leaf_step=len(devices) > 1), kernel=kernel, donate=donate
+        )
         seen = set()
         for called, args, kwargs, _ in recorder.named(*FUSED):
             assert called == name
@@ -146,10 +149,8 @@ def test_foreach_and_single_call_ops_of_their_kind_alone_and_foreach_by_device_a
     assert sum(name.startswith("_foreach_") for name in names) >= 5
     assert names.isdisjoint({*FUSED, "lerp_", "addcdiv_", "addcmul_", "sqrt_"})
     assert not [name for name in recorders["single"].counts if name.startswith(("_foreach_", "_fused_"))]
-    roots = recorders["foreach"].named("_foreach_sqrt_")
-    assert len(roots) == 4
-    for _, args, _, _ in roots:
-        assert len({(x.device, x.dtype) for x in args[0]}) == 1
+    roots = [{(x.device, x.dtype) for x in args[0]} for _, args, *_ in recorders["foreach"].named("_foreach_sqrt_")]
+    assert [len(kinds) for kinds in roots] == [1, 1, 1, 1]
 
 
 def test_number_of_ops_does_not_grow_with_the_tree_when_donated() -> None:
@@ -167,106 +168,71 @@ def test_corrections_are_precise_where_the_device_can(device: str, is_wide: bool
 
 # Nothing waits for the host.
 
-ALL = {
-    "hparams": lambda: AdamHparams(lr=on_cuda(0.1), weight_decay=0.1, amsgrad=True, decoupled_weight_decay=True),
-    "grad_scale": lambda: on_cuda(8.0),
-    "found_inf": lambda: on_cuda(1.0),
-}
-SYNC_FREE: dict[str, dict[str, Callable[[], Any]]] = {
+ALL = {"lr": (0.1, torch.float32), "grad_scale": (8.0, torch.float32), "found_inf": (1.0, torch.float32)}
+# Tensors on the device, by value and dtype, or numbers.
+SYNC_FREE: dict[str, dict[str, Any]] = {
     "plain": {},
-    "lr": {"hparams": lambda: AdamHparams(lr=on_cuda(0.1, torch.bfloat16))},
-    "grad_scale": {"grad_scale": lambda: on_cuda(8.0, torch.float16)},
-    "number_grad_scale": {"grad_scale": lambda: 8.0},
-    "found_inf": {"found_inf": lambda: on_cuda(True, torch.bool)},
-    "number_found_inf": {"found_inf": lambda: 0.0},
+    "lr": {"lr": (0.1, torch.bfloat16)},
+    "grad_scale": {"grad_scale": (8.0, torch.float16)},
+    "number_grad_scale": {"grad_scale": 8.0},
+    "found_inf": {"found_inf": (True, torch.bool)},
+    "number_found_inf": {"found_inf": 0.0},
     "all": ALL,
-    "all_coupled": {
-        "hparams": lambda: AdamHparams(lr=on_cuda(0.1, torch.float64), weight_decay=0.1, maximize=True),
-        "grad_scale": lambda: on_cuda(8.0, torch.float64),
-        "found_inf": lambda: on_cuda(1, torch.int64),
-        "per_leaf_step": lambda: True,
+    "all_wide": {
+        "lr": (0.1, torch.float64),
+        "grad_scale": (8.0, torch.float64),
+        "found_inf": (1, torch.int64),
     },
 }
 
 
 @each_kernel
-@each_donate
-@pytest.mark.parametrize("case", SYNC_FREE)
-def test_no_op_waits_for_the_host(kernel: str, donate: bool, case: str) -> None:
-    options = {name: value() for name, value in SYNC_FREE[case].items()}
-    call = make(**{key: options.pop(key) for key in ("hparams", "per_leaf_step") if key in options})
-    gradients = memory_of(call[1])
-    recorder, _ = run(call, kernel=kernel, donate=donate, **options)
-    assert len(recorder.named(*FUSED)) == (kernel == "fused")
-    for _, args, kwargs, _ in recorder.named(*FUSED):
-        # The CUDA kernel reads them as float32, whatever they are.
-        tensors = {name: x for name, x in kwargs.items() if isinstance(x, Tensor)}
-        assert {*tensors} == {*options, *(["lr"] if isinstance(call[3].lr, Tensor) else [])}
-        assert {(x.dtype, x.device.type, x.shape) for x in tensors.values()} <= {(torch.float32, "cuda", ())}
-        # It would write the unscaled gradients back into the caller's.
-        assert gradients.isdisjoint(memory_of(args[1])) == ("grad_scale" in options)
-
-
-@each_kernel
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128], ids=str
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in SYNC_FREE),
+        *itertools.product(("plain", "all"), (torch.float64, torch.float16, torch.bfloat16, *COMPLEX_DTYPES)),
+    ],
+    ids=str,
 )
-def test_every_dtype_runs_without_waiting(kernel: str, dtype: torch.dtype) -> None:
-    for case in ({}, ALL):
-        options = {name: value() for name, value in case.items()}
-        params, grads, state, hparams = make((dtype,), hparams=options.pop("hparams", None))
-        for given in (grads, [torch.empty_like(g, dtype=torch.float32) for g in grads]):
-            recorder, _ = run((params, given, state, hparams), kernel=kernel, **options)
-            for _, args, _, _ in recorder.named(*FUSED):
-                assert {x.dtype for x in tensors_of(args[:5])} == {dtype.to_real()}
+def test_no_op_waits_for_the_host(kernel: str, case: str, dtype: torch.dtype) -> None:
+    options = {name: on_cuda(*x) if isinstance(x, tuple) else x for name, x in SYNC_FREE[case].items()}
+    extras = {name: x for name, x in options.items() if name != "lr"}
+    for is_decoupled in (False, True):
+        # Where decay is coupled, steps are per leaf, and the first leaf stands still.
+        flags = {"weight_decay": 0.1, "amsgrad": is_decoupled, "decoupled_weight_decay": is_decoupled}
+        hparams = AdamHparams(lr=options.get("lr", 0.1), maximize=not is_decoupled, **flags)
+        params, grads, state, _ = make((dtype, dtype), hparams=hparams, per_leaf_step=not is_decoupled)
+        grads = [grads[0] if is_decoupled else None, *(torch.empty_like(g, dtype=torch.float32) for g in grads[1:])]
+        memory = memory_of(grads)
+        recorder, _ = run((params, grads, state, hparams), kernel=kernel, donate=is_decoupled, **extras)
+        assert len(recorder.named(*FUSED)) == (kernel == "fused")
+        for _, args, kwargs, _ in recorder.named(*FUSED):
+            assert len(args[0]) == (4 if is_decoupled else 3)
+            assert {x.dtype for x in tensors_of(args[:5])} == {dtype.to_real()}
+            # The CUDA kernel reads them as float32, whatever they are.
+            tensors = {name: x for name, x in kwargs.items() if isinstance(x, Tensor)}
+            assert {*tensors} == {*options}
+            assert {(x.dtype, x.device.type, x.shape) for x in tensors.values()} <= {(torch.float32, "cuda", ())}
+            # It would write the unscaled gradients back into the caller's.
+            is_copied = memory.isdisjoint(memory_of(args[1]))
+            assert is_copied == ("grad_scale" in options) or dtype is not torch.float32
 
 
-@each_donate
-def test_fused_writes_into_donated_buffers_and_pure_ones_are_fresh(donate: bool) -> None:
-    params, grads, state, hparams = make(hparams=AdamHparams(amsgrad=True))
-    buffers, step = memory_of((params, state[1:])), memory_of(state.step)
-    recorder, (new, new_state) = run((params, grads, state, hparams), kernel="fused", donate=donate)
-    [(_, args, _, _)] = recorder.named(*FUSED)
-    written = memory_of((args[0], args[2:5]))
-    assert written == memory_of((new, new_state[1:]))
-    assert written == buffers if donate else written.isdisjoint(buffers)
-    assert (memory_of(new_state.step) == step) is donate
-    assert new_state.step is not state.step
-    assert state.step.shape == ((0,) if donate else ())
+def test_fused_fills_a_number_grad_scale_on_the_device(
+    fake_tensors: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*args: Any, full: Any = torch.full, **kwargs: Any) -> Tensor:
+        assert args == ((), 8.0)
+        with fake_tensors:
+            return full(*args, **kwargs)
 
-
-@each_kernel
-@each_donate
-def test_leaves_without_gradient_are_skipped_on_the_device(kernel: str, donate: bool) -> None:
-    params, grads, state, hparams = make((torch.float32, torch.float32), per_leaf_step=True)
-    recorder, _ = run((params, [None, *grads[1:]], state, hparams), kernel=kernel, donate=donate)
-    for _, args, _, _ in recorder.named(*FUSED):
-        assert len(args[0]) == 3
-
-
-class FillByFake(TorchFunctionMode):
-    """`torch.full` on a device that is not there, where no FakeTensorMode is on."""
-
-    def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
-        self.mode = mode
-        self.values: list[float] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.full:
-            return func(*args, **(kwargs or {}))
-        self.values.append(args[1])
-        with self.mode:
-            return func(*args, **(kwargs or {}))
-
-
-def test_fused_fills_a_number_grad_scale_on_the_device(fake_tensors: FakeTensorMode) -> None:
     call = make()
+    monkeypatch.setattr(torch, "full", fill)
     # A fake number cannot be read.
-    with unset_fake_temporarily(), FillByFake(fake_tensors) as fills, Recorder() as recorder:
+    with unset_fake_temporarily(), Recorder() as recorder:
         adam_update(*call, kernel="fused", grad_scale=8.0)
     [(_, _, kwargs, _)] = recorder.named(*FUSED)
-    assert fills.values == [8.0]
     assert (kwargs["grad_scale"].dtype, kwargs["grad_scale"].device.type) == (torch.float32, "cuda")
     for _, args, _, result in recorder.named("_to_copy", "copy_"):
         assert len({x.device.type for x in tensors_of((args, result))}) == 1
