@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -26,29 +27,17 @@ class WorkerDiedError(Exception):
     """A worker ended without an answer. The message has its exit code, which is -9 after SIGKILL."""
 
 
-class Workers:
+class Workers(AbstractContextManager["Workers"]):
     """Processes that call functions together, as the ranks of a gloo process group.
 
-    They start when first needed, and end with the `with` statement::
-
-        def add_ranks(offset):  # in a worker
-            total = torch.tensor(dist.get_rank() + offset)
-            dist.all_reduce(total)
-            return total
-
-        with Workers() as workers:
-            assert workers.run(2, add_ranks, 10) == [21, 21]
-
-    The function must stand at the top of a module; arguments and results are pickled (plain tensors are, DTensors are
-    not). It finds a process group on a free port, which it must not destroy, and the environment of "env://", so that
-    RPC finds the same store. Each process uses one thread; warnings raise, as in the tests.
+    They start when first needed, and end with the `with` statement. A function must stand at the top of a module; its
+    arguments and results are pickled (plain tensors are, DTensors are not). It finds a process group on a free port,
+    which it must not destroy, and the environment of "env://", so that RPC finds the same store. Each process uses one
+    thread; warnings raise, as in the tests.
     """
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

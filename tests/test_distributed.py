@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -13,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import autograd, rpc
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,8 +64,8 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def values(params: Iterable[Tensor]) -> list[Tensor]:
-    return [param.detach().clone() for param in params]
+def values(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
 
 
 def train_alone(name: str, *, gamma: float = 1.0, steps: Sequence[int] = range(STEPS), ranks: int = RANKS) -> Any:
@@ -77,7 +80,7 @@ def train_alone(name: str, *, gamma: float = 1.0, steps: Sequence[int] = range(S
             param.grad = sum(share / ranks for share in shares)  # added up as an all-reduce does
         optimizer.step()
         scheduler.step()
-    return values(params)
+    return values(model)
 
 
 def train(model: nn.Module, optimizer: Any, gamma: float, *, steps: int = STEPS, is_overlapped: bool) -> list[Tensor]:
@@ -87,10 +90,9 @@ def train(model: nn.Module, optimizer: Any, gamma: float, *, steps: int = STEPS,
         loss_of(model, step, dist.get_rank()).backward()
         if not is_overlapped:
             optimizer.step()
-        optimizer.zero_grad()
         model.zero_grad()
         scheduler.step()
-    return values(model.parameters())
+    return values(model)
 
 
 # What each of two processes finds. A function that raises there fails the test.
@@ -99,7 +101,6 @@ def train(model: nn.Module, optimizer: Any, gamma: float, *, steps: int = STEPS,
 def a_step_follows_backward_or_overlaps_with_it() -> None:
     optim = torchs_optim()
     from torch.distributed.algorithms.ddp_comm_hooks import optimizer_overlap_hooks as hooks
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     ways = ("step", "ours", "views", "ours, functional", "torch's", "torch's, functional", "torch's fused")
     for (name, gamma), way in product(RUNS, ways):
@@ -134,14 +135,12 @@ def ddp_overlap_leaves_others_parameters_alone_and_waits_for_summed_gradients() 
         loss_of(ddp, step, dist.get_rank()).mul(0.75).backward()
         optimizer.step()
         model.zero_grad()
-    assert_close(values(model.parameters()), train_alone("Adam"))
+    assert_close(values(model), train_alone("Adam"))
 
 
 def ddp_overlap_steps_by_what_the_hook_returns_and_an_error_reaches_backward() -> None:
-    states: list[str] = []
-
     def double(state: str, bucket: Any) -> Any:
-        states.append(state)
+        assert state == "the state"
         future = torch.futures.Future()
         future.set_result([bucket.buffer() * 2])
         return future
@@ -152,14 +151,13 @@ def ddp_overlap_steps_by_what_the_hook_returns_and_an_error_reaches_backward() -
     step_in_ddp(ddp, optimizer, hook=double, state="the state")
     loss_of(ddp, 0, 0).backward()
     loss_of(plain, 0, 0).mul(2).backward()
-    assert states == ["the state"]
     assert_equal([param.grad for param in model.parameters()], [param.grad for param in plain.parameters()])
     torch.optim.Adam(plain.parameters(), **OPTIONS, foreach=False).step()
-    assert_equal(values(model.parameters()), values(plain.parameters()))
+    assert_equal(values(model), values(plain))
     optimizer.param_group["lr"] = -1.0
     with pytest.raises(Exception, match=r"Invalid learning rate: -1\.0"):
         loss_of(ddp, 0, 0).backward()
-    assert_equal(values(model.parameters()), values(plain.parameters()))
+    assert_equal(values(model), values(plain))
 
 
 def zero_shards_are_what_one_process_computes() -> None:
@@ -181,26 +179,25 @@ def zero_shards_are_what_one_process_computes() -> None:
             zero.step()
             zero.zero_grad()
             scheduler.step()
-        assert_equal(values(model.parameters()), train_alone(name, gamma=gamma))
+        assert_equal(values(model), train_alone(name, gamma=gamma))
 
 
 def zero_with_overlap_is_what_one_process_computes_but_torchs_class_ignores_the_scheduler() -> None:
     make_zero = torchs_optim().ZeroRedundancyOptimizer
     from torch.distributed.algorithms.ddp_comm_hooks import ddp_zero_hook
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     warnings.filterwarnings("ignore", message=".TorchScript. support", category=DeprecationWarning)
     idle = 2  # steps that only find out about the buckets; then the learning rate starts anew
-    for optimizer_class, gamma, effect, shard_buckets in (
-        (_FunctionalAdam, 1.0, 1.0, False),
-        (_FunctionalAdamW, 0.5, 0.5, False),
-        (_FunctionalAdam, 0.5, 0.5, True),
-        (torch.optim.Adam, 0.5, 1.0, False),
+    for name, make, gamma, effect, shard_buckets in (
+        ("Adam", _FunctionalAdam, 1.0, 1.0, False),
+        ("AdamW", _FunctionalAdamW, 0.5, 0.5, False),
+        ("Adam", _FunctionalAdam, 0.5, 0.5, True),
+        ("Adam", torch.optim.Adam, 0.5, 1.0, False),
     ):
         model = make_model()
         ddp = DistributedDataParallel(model, bucket_cap_mb=4e-4)
         register()
-        zero = make_zero(model.parameters(), optimizer_class, overlap_with_ddp=True, **OPTIONS)
+        zero = make_zero(model.parameters(), make, overlap_with_ddp=True, **OPTIONS)
         unregister()
         # torch refuses gloo, which may hang with buckets out of order; those of this hook are in order.
         with mock.patch.object(dist, "get_backend", return_value="nccl"):
@@ -208,32 +205,28 @@ def zero_with_overlap_is_what_one_process_computes_but_torchs_class_ignores_the_
         ddp.register_comm_hook(None, hook)
         zero._opt_called = True  # lr_scheduler warns without a call of `step`, which does nothing here
         found = train(ddp, zero, gamma, steps=STEPS + idle, is_overlapped=True)
-        name = "AdamW" if optimizer_class is _FunctionalAdamW else "Adam"
         assert_equal(found, train_alone(name, gamma=effect, steps=range(idle, STEPS + idle)))
 
 
 def train_wrapped(wrapper: str, make: Any) -> tuple[list[Tensor], dict[Any, Any]]:
     """The parameters and the state, as far as this process has them."""
     optim, model = torchs_optim(), make_model()
-    options = {**OPTIONS, "foreach": True}
-    if wrapper == "PostLocalSGDOptimizer":
-        from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-
-        averager = PeriodicModelAverager(period=2, warmup_steps=1)
-        optimizer = optim.PostLocalSGDOptimizer(make(model.parameters(), **options), averager)
-    elif wrapper == "_NamedOptimizer":
-        optimizer = optim._NamedOptimizer(model.named_parameters(), make, None, None, **options)
+    if wrapper == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    if wrapper == "_NamedOptimizer":
+        optimizer = optim._NamedOptimizer(model.named_parameters(), make, None, None, foreach=True, **OPTIONS)
         optimizer.init_state()
     else:
-        model = fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
-        optimizer = make(model.parameters(), **options)
+        optimizer = make(model.parameters(), foreach=True, **OPTIONS)
+    if wrapper == "PostLocalSGDOptimizer":
+        optimizer = optim.PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2, warmup_steps=1))
     for step in range(STEPS):
         loss_of(model, step, dist.get_rank()).backward()
         optimizer.step()
         model.zero_grad()
         if step == 2:
             optimizer.load_state_dict(optimizer.state_dict())
-    found = [param.detach() for param in model.parameters()], optimizer.state_dict()["state"]
+    found = values(model), optimizer.state_dict()["state"]
     return tree_map(lambda x: x.to_local() if isinstance(x, DTensor) else x, found)
 
 
@@ -244,38 +237,24 @@ def wrapped_and_sharded_adapters_are_torch_optim_there() -> None:
         assert ("0.weight" in ours[1]) == (wrapper == "_NamedOptimizer")
 
 
-def make_half() -> nn.Sequential:
-    return make_model()[2:]
-
-
-def params_of(half: Any) -> tuple[list[Any], list[Tensor]]:
-    """On the owner of `half`: references to its parameters, and their values."""
-    from torch.distributed import rpc
-
-    params = list(half.local_value().parameters())
-    return [rpc.RRef(param) for param in params], values(params)
+def references_to_params(model: Any) -> list[Any]:
+    return [rpc.RRef(param) for param in model.local_value().parameters()]
 
 
 def rpc_optimizer_is_what_one_process_computes() -> None:
-    from torch.distributed import autograd, rpc
-
     rank = dist.get_rank()
     torchs_optim()  # before rank 0 makes rank 1 import it, with torch's warnings
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=RANKS)
     for name, change in product(OPTIMIZERS, (unregister, register)) if rank == 0 else ():
         change()
-        half = make_model()[:2]
-        other = rpc.remote("worker1", make_half)
-        others_params, _ = rpc.rpc_sync("worker1", params_of, (other,))
-        rrefs = [*map(rpc.RRef, half.parameters()), *others_params]
-        optimizer = distributed_optimizer(ADAPTERS[name], rrefs, **OPTIONS)
+        model = rpc.remote("worker1", make_model)
+        params = rpc.rpc_sync("worker1", references_to_params, (model,))
+        optimizer = distributed_optimizer(ADAPTERS[name], params, **OPTIONS)
         for step in range(STEPS):
             with autograd.context() as context:
-                loss = loss_of(lambda x, half=half, other=other: other.rpc_sync().forward(half(x)), step, 0)
-                autograd.backward(context, [loss])
+                autograd.backward(context, [loss_of(model.rpc_sync().forward, step, 0)])
                 optimizer.step(context)
-        _, others_values = rpc.rpc_sync("worker1", params_of, (other,))
-        assert_equal(values(half.parameters()) + others_values, train_alone(name, ranks=1))
+        assert_equal(values(model.to_here()), train_alone(name, ranks=1))
     rpc.shutdown()
 
 
@@ -310,10 +289,10 @@ def test_steps_in_backward_are_a_step_afterwards_and_frozen_parameters_stand(nam
             loss_of(model, step, 0).backward()
             assert all(param.grad is None for param in model.parameters())
             scheduler.step()
-    after = values(model.parameters())
+    after = values(model)
     assert_equal(after, train_alone(name, gamma=gamma, ranks=1))
     loss_of(model, 0, 0).backward()
-    assert_equal(values(model.parameters()), after)
+    assert_equal(values(model), after)
     assert all(param.grad is not None for param in model.parameters())
     assert frozen not in optimizer.state
 
@@ -341,7 +320,7 @@ def test_torchs_own_step_in_backward_takes_the_adapter() -> None:
     torchs_optim()._apply_optimizer_in_backward(_FunctionalAdam, model.parameters(), OPTIONS)
     for step in range(STEPS):
         loss_of(model, step, 0).backward()
-    assert_equal(values(model.parameters()), train_alone("Adam", ranks=1))
+    assert_equal(values(model), train_alone("Adam", ranks=1))
 
 
 # Registration and errors.
