@@ -21,12 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.functional import cross_entropy
 
 from functional_adam import AdamHparams, adam_init, adam_update, explain
 from tests.builders import assert_unchanged, snapshot
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.processes import WorkerDiedError, Workers
+from tests.test_distributed import loss_of, make_model
 from tests.tolerances import assert_close, assert_equal, assert_within_roundings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -106,18 +106,20 @@ def updates(params: Any, all_grads: list[Any], options: dict[str, Any], kernel: 
     return params, state
 
 
+def kind_of(x: Tensor) -> str:
+    return f"{type(x)} {x.shape} {(x.placements, x.device_mesh) if isinstance(x, DTensor) else None}"
+
+
 def compare_with_unsharded(mesh_shape: tuple[int, ...]) -> None:
     mesh = init_device_mesh("cpu", mesh_shape)
     full_grads = [full_tree(seed) for seed in range(1, 4)]
     all_grads = [place(grads, mesh) for grads in full_grads]
+    kinds = optree.tree_map(kind_of, all_grads[0])
     for kernel, options, donate in product(KERNELS, OPTIONS, (False, True)):
         params = place(full_tree(0), mesh)
         new = updates(params, all_grads, options, kernel, donate)
-        for tree in (new[0], *(x for x in new[1][1:] if x)):
-            for name, x in tree.items():
-                assert (type(x), x.shape) == (type(params[name]), params[name].shape)
-                if isinstance(x, DTensor):
-                    assert (x.placements, x.device_mesh) == (params[name].placements, mesh)
+        for tree in (new[0], *filter(None, new[1][1:])):
+            assert optree.tree_map(kind_of, tree) == kinds
         assert type(new[1].step) is Tensor
         expected = updates(full_tree(0), full_grads, options, kernel, donate)
         assert expected[1].step == 2
@@ -245,7 +247,7 @@ def training_with_fully_shard_is_that_of_torch_optim_bit_for_bit() -> None:
         model = shard(make_model(), init_device_mesh("cpu", (2,)))
         optimizer = torch.optim.Adam(model.parameters(), 3e-3, weight_decay=0.01, amsgrad=True, **TORCH_FLAGS[kernel])
         for step in range(STEPS):
-            loss = batch_loss(model, step)
+            loss = loss_of(model, step, 0)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -274,17 +276,6 @@ def test_in_each_of_two_processes(workers: Workers, claim: Callable[[], None]):
 
 HPARAMS = AdamHparams(lr=3e-3, weight_decay=0.01, amsgrad=True)
 STEPS = 8
-
-
-def make_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 34), nn.ReLU(), nn.Linear(34, 10))
-
-
-def batch_loss(model: nn.Module, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    labels = torch.arange(16) % 10
-    return cross_entropy(model(torch.randn(16, 64, generator=generator) + 2 * torch.eye(10, 64)[labels]), labels)
 
 
 def shard(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
@@ -326,7 +317,7 @@ def train(model: nn.Module, kernel: Any = "single", *, folder: Path | None = Non
         load_checkpoint(found, params, state)
     losses: dict[int, float] = {}
     for step in range(int(state.step), STEPS):
-        loss = batch_loss(model, step)
+        loss = loss_of(model, step, 0)
         loss.backward()
         may_die("training", step)
         grads = {name: weight.grad for name, weight in model.named_parameters()}
