@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,32 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.builders import clone, tensors_of
-from tests.oracles import KERNELS
 from tests.strategies import random_tensor
-from tests.test_cuda_path import SYNCS, CopyByOp, Recorder, assert_no_sync
+from tests.test_cuda_path import SYNCS, CopyByOp, Recorder
 from tests.test_numerics import Unread
-from tests.test_recipes import make_tree, run_page, stacked
+from tests.test_recipes import assert_all_on_device, each_kernel, make_tree, run_page, stacked
 from tests.tolerances import assert_close, assert_equal
-
-each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
 @pytest.fixture(scope="module")
 def recipes() -> SimpleNamespace:
     return run_page()
-
-
-@pytest.fixture
-def _fake_cuda() -> Iterator[None]:
-    with FakeTensorMode(), CopyByOp():
-        yield
-
-
-def assert_all_on_device(recorder: Recorder) -> None:
-    """No op reads a value, and none takes one from the host's memory."""
-    assert_no_sync(recorder)
-    for name, args, kwargs, result in recorder.calls:
-        assert {x.device.type for x in tensors_of((args, kwargs, result))} <= {"cuda"}, name
 
 
 # Averages.
@@ -55,75 +39,38 @@ def assert_all_on_device(recorder: Recorder) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_an_average_is_that_of_torch(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
-    model = torch.nn.ParameterList(optree.tree_leaves(make_tree(dtype=dtype)))
+    average, *others = trees = [make_tree(10 * seed, dtype) for seed in range(4)]
+    before = clone(trees)
+    model = torch.nn.ParameterList(clone(optree.tree_leaves(average)))
     oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    average = None
-    for seed in range(4):
-        tree = make_tree(10 * seed, dtype)
+    oracle.update_parameters(model)
+    for tree in others:
         for parameter, value in zip(model, optree.tree_leaves(tree), strict=True):
             parameter.data.copy_(value)
         oracle.update_parameters(model)
-        before = clone((average, tree))
-        new = tree if average is None else recipes.ema_update(average, tree, decay)
-        assert_equal((average, tree), before)
-        average = new
-        assert_equal(optree.tree_leaves(average), [x.detach() for x in oracle.module])
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.999])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_an_unbiased_average_is_the_weighted_mean(recipes: SimpleNamespace, decay: float, dtype: torch.dtype) -> None:
-    wide = torch.promote_types(dtype, torch.float32)
-    trees = [make_tree(10 * seed, dtype) for seed in range(5)]
-    average = optree.tree_map(lambda p: torch.zeros_like(p, dtype=wide), trees[0])
-    for count, tree in enumerate(trees, start=1):
         average = recipes.ema_update(average, tree, decay)
-        weights = decay ** np.arange(count - 1, -1, -1.0)
-        expected = optree.tree_map(
-            lambda *xs, w=weights: np.average([x.double().numpy() for x in xs], axis=0, weights=w), *trees[:count]
-        )
-        got = recipes.ema_unbiased(average, torch.tensor(float(count)), decay)
-        assert_close(got, expected)
+        assert_equal(optree.tree_leaves(average), [x.detach() for x in oracle.module])
+    assert_equal(trees, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_unbiased_averages_are_weighted_means_with_a_decay_for_each_member(
+    recipes: SimpleNamespace, dtype: torch.dtype
+) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    decays = torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64)
+    trees = [make_tree(10 * seed, dtype) for seed in range(5)]
+    average = stacked([optree.tree_map(lambda p: torch.zeros_like(p, dtype=wide), trees[0])] * 3)
+    for count, tree in enumerate(trees, start=1):
+        average = vmap(recipes.ema_update, in_dims=(0, None, 0))(average, tree, decays.to(wide))
+        got = vmap(recipes.ema_unbiased)(average, torch.full((3,), float(count)), decays)
         assert {x.dtype for x in optree.tree_leaves(got)} == {wide}
-
-
-def test_members_have_averages_and_decays_of_their_own(recipes: SimpleNamespace) -> None:
-    decays, counts = torch.tensor([0.5, 0.9, 0.99]), torch.tensor([1.0, 2.0, 3.0])
-    averages, members = [make_tree(s) for s in (0, 10, 20)], [make_tree(s) for s in (30, 40, 50)]
-    got = vmap(recipes.ema_update)(stacked(averages), stacked(members), decays)
-    assert_close(got, stacked([*map(recipes.ema_update, averages, members, decays)]))
-    unbiased = vmap(recipes.ema_unbiased)(got, counts, decays)
-    each = zip(recipes.unstack(got), counts, decays, strict=True)
-    assert_close(unbiased, stacked([recipes.ema_unbiased(*one) for one in each]))
-    assert {x.dtype for x in optree.tree_leaves((got, unbiased))} == {torch.float32}
-
-
-def test_an_average_in_float32_keeps_what_half_types_round_away(recipes: SimpleNamespace) -> None:
-    params = {"w": torch.tensor([1.5], dtype=torch.bfloat16)}
-    for dtype, expected in ((torch.float32, 1.0 + 0.5 * (1 - 0.999**10)), (torch.bfloat16, 1.0)):
-        average = {"w": torch.ones(1, dtype=dtype)}
-        for _ in range(10):
-            average = recipes.ema_update(average, params, 0.999)
-        assert_close(average["w"], torch.tensor([expected], dtype=torch.float64), torch.float32)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_averages_are_compiled_whole(recipes: SimpleNamespace) -> None:
-    def both(average: Any, params: Any, count: Tensor) -> Any:
-        average = recipes.ema_update(average, params, 0.9)
-        return average, recipes.ema_unbiased(average, count, 0.9)
-
-    given = make_tree(), make_tree(10), torch.tensor(2.0)
-    assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(*given), both(*given))
-
-
-@pytest.mark.usefixtures("_fake_cuda")
-def test_averages_stay_on_the_device(recipes: SimpleNamespace) -> None:
-    average, params = ({"w": torch.empty(3, device="cuda")} for _ in range(2))
-    with Recorder() as recorder:
-        average = recipes.ema_update(average, params, 0.9)
-        recipes.ema_unbiased(average, torch.empty((), device="cuda"), 0.9)
-    assert_all_on_device(recorder)
+        for decay, member in zip(decays.tolist(), recipes.unstack(got), strict=True):
+            weights = decay ** np.arange(count - 1, -1, -1.0)
+            expected = optree.tree_map(
+                lambda *xs, w=weights: np.average([x.double().numpy() for x in xs], axis=0, weights=w), *trees[:count]
+            )
+            assert_close(member, expected)
 
 
 # Unrolled steps. The oracle is Adam in plain operations of torch.
@@ -236,13 +183,6 @@ def test_a_gradient_through_chunks_is_that_without(recipes: SimpleNamespace, wid
     assert_close((loss, lr.grad), (oracle, expected))
 
 
-def test_reentrant_chunks_take_backward_alone(recipes: SimpleNamespace) -> None:
-    lr = torch.tensor(0.1, requires_grad=True)
-    loss = recipes.loss_after_chunks(lr, recipes.params, steps=2, chunk=1)
-    with pytest.raises(RuntimeError, match="use_reentrant=True"):
-        torch.autograd.grad(loss, lr)
-
-
 def test_a_gradient_through_checkpointed_steps_is_that_without(recipes: SimpleNamespace, wide: Any) -> None:
     def unrolled(lr: Tensor) -> Tensor:
         params = optree.tree_map(lambda p: p.detach().requires_grad_(), wide)
@@ -302,19 +242,22 @@ def test_memory_of_chunks(recipes: SimpleNamespace) -> None:
     assert rows["8, `use_reentrant=False`"][0] > rows["no chunks"][1]
 
 
-@pytest.mark.parametrize("outside", [False, True])
-def test_torch_func_does_not_go_with_checkpoints(outside: bool) -> None:
-    hparams, params = AdamHparams(), torch.ones(2)
+def test_torch_func_does_not_go_with_checkpoints(recipes: SimpleNamespace) -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        torch.autograd.grad(recipes.loss_after_chunks(lr, recipes.params, steps=2, chunk=1), lr)
+    params, state = recipes.params, adam_init(recipes.params, AdamHparams())
 
-    def inner(lr: Tensor) -> Tensor:
-        gradient = params if outside else grad(lambda p: (p * p).sum())(params)
-        return adam_update(params, gradient, adam_init(params, hparams), AdamHparams(lr=lr))[0].sum()
+    def inside(lr: Tensor) -> Tensor:
+        return recipes.loss_after(lr, params, state, steps=1, window=1)[0]
 
-    def run(lr: Tensor) -> Tensor:
-        return checkpoint(inner, lr, use_reentrant=False)
+    def outside(lr: Tensor) -> Tensor:
+        return loss_of(recipes, adam_update(params, params, state, AdamHparams(lr=lr))[0])
 
     with pytest.raises(RuntimeError, match="saved tensor hooks"):
-        (grad(run) if outside else run)(torch.tensor(0.1, requires_grad=not outside))
+        checkpoint(inside, lr, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        grad(lambda lr: checkpoint(outside, lr, use_reentrant=False))(lr.detach())
 
 
 # Inference mode.
@@ -322,30 +265,27 @@ def test_torch_func_does_not_go_with_checkpoints(outside: bool) -> None:
 
 @each_kernel
 def test_steps_inside_inference_mode_have_the_bits_of_steps_outside(recipes: SimpleNamespace, kernel: str) -> None:
-    def train() -> Any:
-        params, state = recipes.params, adam_init(recipes.params, AdamHparams(lr=0.1))
+    def train(params: Any, *, donate: bool = False) -> Any:
+        state = adam_init(params, AdamHparams(lr=0.1))
         for _ in range(3):
             grads = grad(lambda p: recipes.loss(p, recipes.x, recipes.y))(params)
-            params, state = adam_update(params, grads, state, AdamHparams(lr=0.1), kernel=kernel)
+            params, state = adam_update(params, grads, state, AdamHparams(lr=0.1), kernel=kernel, donate=donate)
         return params, state
 
+    ordinary = clone(recipes.params)
     with torch.inference_mode():
-        inside = train()
+        inside = train(recipes.params)
+        params, _ = train(ordinary, donate=True)
     assert all(x.is_inference() for x in optree.tree_leaves(inside))
-    assert_equal(inside, train())
-
-
-def made_inside() -> tuple[Any, AdamState]:
-    with torch.inference_mode():
-        params = make_tree()
-        return adam_update(params, make_tree(1), adam_init(params, AdamHparams()), AdamHparams())
+    assert_equal(inside, train(recipes.params))
+    assert_equal(params, inside[0])
+    assert not any(x.requires_grad_().is_inference() for x in optree.tree_leaves(params))
 
 
 def test_what_was_made_inside_is_of_limited_use_outside() -> None:
-    params, state = made_inside()
-    weight = torch.ones(3, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
-        weight * params["a"]
+    with torch.inference_mode():
+        params = make_tree()
+        params, state = adam_update(params, make_tree(1), adam_init(params, AdamHparams()), AdamHparams())
     lr = torch.tensor(0.1, requires_grad=True)
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
         adam_update(params, make_tree(1), state, AdamHparams(lr=lr))
@@ -357,30 +297,8 @@ def test_what_was_made_inside_is_of_limited_use_outside() -> None:
         adam_update(params, make_tree(1), state, AdamHparams(), donate=True)
     result = adam_update(params, make_tree(1), state, AdamHparams())
     assert not any(x.is_inference() for x in optree.tree_leaves(result))
-
-
-@each_kernel
-def test_clones_taken_out_of_inference_mode_train_like_others(kernel: str) -> None:
-    params, state = optree.tree_map(torch.clone, made_inside())
-    expected = adam_update(params, make_tree(2), state, AdamHparams(), kernel=kernel)
-    lr = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
-    tracked, _ = adam_update(params, make_tree(2), state, AdamHparams(lr=lr), kernel=kernel)
-    (slope,) = torch.autograd.grad(sum(x.sum() for x in optree.tree_leaves(tracked)), lr)
-    assert slope.isfinite()
-    assert slope != 0
-    assert_equal(adam_update(params, make_tree(2), state, AdamHparams(), kernel=kernel, donate=True), expected)
-
-
-@each_kernel
-def test_ordinary_tensors_donated_inside_inference_mode_stay_ordinary(kernel: str) -> None:
-    params = make_tree()
-    state = adam_init(params, AdamHparams())
-    expected = adam_update(params, make_tree(1), state, AdamHparams(), kernel=kernel)
-    with torch.inference_mode():
-        result = adam_update(params, make_tree(1), state, AdamHparams(), kernel=kernel, donate=True)
-    assert_equal(result, expected)
-    assert not any(x.is_inference() for x in optree.tree_leaves(result))
-    optree.tree_map(Tensor.requires_grad_, result)
+    copies = clone((params, state))
+    assert_equal(adam_update(copies[0], make_tree(1), copies[1], AdamHparams(), donate=True), result)
 
 
 # CUDA graphs.
@@ -565,14 +483,14 @@ def test_the_tape_refuses_to_read_a_value() -> None:
         torch.ones(()).add(1).item()
 
 
-@pytest.mark.usefixtures("_fake_cuda")
 @each_option
 @each_kernel
 def test_a_donated_step_is_all_on_the_device_and_in_its_memory(name: str, kernel: str) -> None:
-    params, state, step, numbers = begin(name, "cuda")
-    grads, lr = optree.tree_map(torch.empty_like, params), torch.empty((), device="cuda")
-    before = [x.untyped_storage()._cdata for x in optree.tree_leaves((params, state))]
-    with Recorder() as recorder:
-        result = step(params, state, grads, lr, numbers, kernel=kernel)
-    assert_all_on_device(recorder)
-    assert [x.untyped_storage()._cdata for x in optree.tree_leaves(result)] == before
+    with FakeTensorMode(), CopyByOp():
+        params, state, step, numbers = begin(name, "cuda")
+        grads, lr = optree.tree_map(torch.empty_like, params), torch.empty((), device="cuda")
+        before = [x.untyped_storage()._cdata for x in optree.tree_leaves((params, state))]
+        with Recorder() as recorder:
+            result = step(params, state, grads, lr, numbers, kernel=kernel)
+        assert_all_on_device(recorder)
+        assert [x.untyped_storage()._cdata for x in optree.tree_leaves(result)] == before

@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vmap
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
 from functional_adam import AdamHparams, adam_init, adam_update
-from tests.builders import clone
+from tests.builders import clone, tensors_of
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.strategies import random_tensor
 from tests.test_cuda_path import CopyByOp, Recorder, assert_no_sync
@@ -48,6 +48,13 @@ def make_tree(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, An
 
 def stacked(trees: Any) -> Any:
     return optree.tree_map(lambda *xs: torch.stack(xs), *trees)
+
+
+def assert_all_on_device(recorder: Recorder) -> None:
+    """No op reads a value, and none takes one from the host's memory."""
+    assert_no_sync(recorder)
+    for name, args, kwargs, result in recorder.calls:
+        assert {x.device.type for x in tensors_of((args, kwargs, result))} <= {"cuda"}, name
 
 
 # Groups and frozen parts.
