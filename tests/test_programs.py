@@ -40,11 +40,16 @@ from tests.tolerances import TOLERANCES
 ROOT = Path(__file__).parent.parent
 SHAPES = ((), (3,), (2, 3), (2, 3, 2), (0,), (5, 1))
 DENSE_LAYOUTS = ("contiguous", "transposed", "channels_last", "offset")
-COLUMNS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 KERNELS = st.sampled_from(KERNELS_AND_AUTO)
 SKIPS = (1, 1.0, True, math.nan, math.inf, -math.inf, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(math.nan))
 SKIPS = (*SKIPS, torch.tensor(True), torch.tensor(3), torch.tensor(math.inf, dtype=torch.float64))
 RUNS_ON = (None, 0, 0.0, False, torch.tensor(0.0), torch.tensor(False))
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "lr": (0.01, 0.0, 0.1, 1e-3),
+    "betas": ((0.9, 0.999), (0.0, 0.0), (0.5, 0.9), (0.9, 0.0)),
+    "eps": (1e-8, 1e-3, 1e-6, 0.1),
+    "weight_decay": (0.0, 0.1, 0.5, 0.01),
+}
 SCALES = (None, 1.0, 4, torch.tensor(2.0), torch.tensor(0.5, dtype=torch.float64))
 
 
@@ -101,25 +106,19 @@ class Program(RuleBasedStateMachine):
         layout=st.sampled_from(DENSE_LAYOUTS),
         seed=seeds,
     )
-    def begin(
-        self,
-        form: Form,
-        dtype: torch.dtype,
-        flags: dict[str, bool],
-        per_leaf_step: bool,
-        shapes: list[tuple[int, ...]],
-        layout: str,
-        seed: int,
-    ) -> None:
+    def begin(self, form: Form, dtype: torch.dtype, **drawn: Any) -> None:
+        flags, seed, layout = drawn["flags"], drawn["seed"], drawn["layout"]
         self.form, self.dtype, self.flags = form, dtype, flags
         self.has_masters = dtype is torch.bfloat16
-        leaves = [in_layout(random_tensor(s, dtype, seed + i), layout) for i, s in enumerate(shapes[: form.count])]
+        leaves = [
+            in_layout(random_tensor(s, dtype, seed + i), layout) for i, s in enumerate(drawn["shapes"][: form.count])
+        ]
         self.params = form.tree(*leaves)
         self.hparams = AdamHparams(lr=0.01, **flags)
         start = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
         self.numbers: list[Numbers] = [{**start, **flags}] * form.count
         wide = {"master_params": True, "moment_dtype": torch.float32} if self.has_masters else {}
-        self.state = adam_init(self.params, self.hparams, per_leaf_step=per_leaf_step, **wide)
+        self.state = adam_init(self.params, self.hparams, per_leaf_step=drawn["per_leaf_step"], **wide)
         exact = [x.to(torch.complex128 if dtype.is_complex else torch.float64, copy=True) for x in leaves]
         self.leaves = [
             Leaf(x, *[torch.zeros_like(x)] * 2, torch.zeros_like(x) if flags["amsgrad"] else None, 0.0) for x in exact
@@ -274,26 +273,16 @@ class Program(RuleBasedStateMachine):
         self.state, self.hparams = from_torch_state_dict(self.params, optimizer.state_dict())
         self.form_now = described((self.params, self.state))
 
-    @rule(
-        name=st.sampled_from(("lr", "eps", "weight_decay")),
-        values=st.tuples(*[st.integers(0, 3)] * 2),
-        how=st.integers(0, 2),
-    )
+    @rule(name=st.sampled_from([*CHOICES]), values=st.tuples(*[st.integers(0, 3)] * 2), how=st.integers(0, 2))
     def change_number(self, name: str, values: tuple[int, int], how: int) -> None:
-        choices = {"lr": (0.01, 0.0, 0.1, 1e-3), "eps": (1e-8, 1e-3, 1e-6, 0.1), "weight_decay": (0.0, 0.1, 0.5, 0.01)}
-        one, two = (choices[name][i] for i in values)
-        ours: Any = one
-        if how == 1:
+        one, two = (CHOICES[name][i] for i in values)
+        ours, theirs = one, [one] * self.form.count
+        if how == 1 and name != "betas":
             ours = torch.tensor(one, dtype=torch.float64)
-        theirs = [one] * self.form.count
-        if how == 2 and self.form.count > 1:
+        if how == 2 and name != "betas" and self.form.count > 1:
             ours = self.form.prefix(one, two)
             theirs = optree.tree_leaves(optree.tree_broadcast_prefix(ours, self.params))
         self.set_hparams(**{name: (ours, theirs)})
-
-    @rule(betas=st.sampled_from(((0.9, 0.999), (0.0, 0.0), (0.5, 0.9), (0.9, 0.0))))
-    def change_betas(self, betas: tuple[float, float]) -> None:
-        self.set_hparams(betas=(betas, [betas] * self.form.count))
 
     @rule(kernel=KERNELS, seed=seeds, layout=layouts())
     def step_under_autograd(self, kernel: str, seed: int, layout: str) -> None:
@@ -354,12 +343,9 @@ class Program(RuleBasedStateMachine):
         steps = steps * self.form.count if self.is_step_shared else steps
         assert [x.item() for x in steps] == [leaf.step for leaf in self.leaves]
         exact = self.state.master_params if self.has_masters else self.params
-        assert self.state.max_exp_avg_sq != () or not self.flags["amsgrad"]
-        trees = {"param": exact, **{name: getattr(self.state, name) for name in COLUMNS}}
-        for name, tree in trees.items():
-            if name == "max_exp_avg_sq" and not self.flags["amsgrad"]:
-                assert tree == ()
-                continue
+        assert (self.state.max_exp_avg_sq == ()) is not self.flags["amsgrad"]
+        columns = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + self.flags["amsgrad"]]
+        for name, tree in {"param": exact, **{name: getattr(self.state, name) for name in columns}}.items():
             for actual, leaf in zip(optree.tree_leaves(tree), self.leaves, strict=True):
                 self.assert_close(actual, getattr(leaf, name))
         if self.has_masters:

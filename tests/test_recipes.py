@@ -1,5 +1,6 @@
 """The functions of docs/recipes.md, taken from the page, do what torch's own schedulers, clipping and scaler do."""
 
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, jvp, vmap
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from functional_adam import AdamHparams, adam_init, adam_update
 from tests.builders import clone, tensors_of
@@ -57,59 +58,21 @@ def assert_all_on_device(recorder: Recorder) -> None:
         assert {x.device.type for x in tensors_of((args, kwargs, result))} <= {"cuda"}, name
 
 
-# Groups and frozen parts.
-
-
-@each_kernel
-def test_training_a_part_is_torch_with_the_other_part_frozen(recipes: SimpleNamespace, kernel: str) -> None:
-    head = {"head": recipes.params["head"]}
-    torch_params = clone(recipes.params)
-    leaves = [x.requires_grad_() for x in optree.tree_leaves(torch_params["head"])]
-    optimizer = torch.optim.Adam(leaves, lr=0.1, **TORCH_FLAGS[kernel])
-    hparams = AdamHparams(lr=0.1)
-    state = adam_init(head, hparams)
-    backbone = {"backbone": recipes.params["backbone"]}
-    for _ in range(3):
-        grads = grad(lambda part: recipes.loss({**backbone, **part}, recipes.x, recipes.y))(head)
-        head, state = adam_update(head, grads, state, hparams, kernel=kernel)
-        optimizer.zero_grad()
-        recipes.loss(torch_params, recipes.x, recipes.y).backward()
-        optimizer.step()
-    assert_close(head["head"], optree.tree_map(torch.detach, torch_params["head"]))
-    assert torch_params["backbone"]["weight"].grad is None
-
-
 # Schedules.
 
 
-def torch_schedulers(optimizer: torch.optim.Optimizer, kind: str) -> Any:
-    warmup, total = SCHEDULE["warmup"], SCHEDULE["total"]
-    if kind == "lambda":
-        cosine = lambda t: (1 + torch.cos(torch.tensor(torch.pi * (t - warmup) / (total - warmup))).item()) / 2  # noqa: E731
-        return LambdaLR(optimizer, lambda t: (t + 1) / warmup if t < warmup else cosine(t))
-    rising = LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
-    return SequentialLR(optimizer, [rising, CosineAnnealingLR(optimizer, total - warmup)], [warmup])
-
-
-@pytest.mark.parametrize("kind", ["lambda", "sequential"])
 # SequentialLR calls its own schedulers with a deprecated argument.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step():UserWarning")
-def test_warmup_and_cosine_are_those_of_torch(recipes: SimpleNamespace, kind: str) -> None:
-    params = make_tree(dtype=torch.float64)
-    leaves = [p.clone().requires_grad_() for p in optree.tree_leaves(params)]
-    optimizer = torch.optim.Adam(leaves, lr=SCHEDULE["peak"])
-    scheduler = torch_schedulers(optimizer, kind)
-    state = adam_init(params, AdamHparams())
-    for seed in range(30):
-        lr = recipes.warmup_cosine(state.step, **SCHEDULE)
+def test_warmup_and_cosine_are_those_of_torch(recipes: SimpleNamespace) -> None:
+    warmup, total = SCHEDULE["warmup"], SCHEDULE["total"]
+    optimizer = torch.optim.Adam([torch.ones(())], lr=SCHEDULE["peak"])
+    rising = LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
+    scheduler = SequentialLR(optimizer, [rising, CosineAnnealingLR(optimizer, total - warmup)], [warmup])
+    for step in range(30):
+        lr = recipes.warmup_cosine(torch.tensor(float(step)), **SCHEDULE)
         assert_close(lr, optimizer.param_groups[0]["lr"], torch.float32)
-        grads = make_tree(10 * seed, torch.float64)
-        params, state = adam_update(params, grads, state, AdamHparams(lr=lr))
-        for leaf, gradient in zip(leaves, optree.tree_leaves(grads), strict=True):
-            leaf.grad = gradient.clone()
         optimizer.step()
         scheduler.step()
-        assert_close(optree.tree_leaves(params), [leaf.detach() for leaf in leaves], torch.float32)
 
 
 def test_a_schedule_takes_a_tree_of_steps_and_many_and_is_zero_after_the_end(recipes: SimpleNamespace) -> None:
@@ -162,41 +125,32 @@ def test_clipping_leaves_none_alone_and_is_mapped_and_differentiable(recipes: Si
 # Steps that are not finite, and loss scaling.
 
 
-@each_kernel
-def test_the_guard_skips_each_member_for_itself(recipes: SimpleNamespace, kernel: str) -> None:
-    hparams = AdamHparams(lr=0.1, weight_decay=0.1)
-    members, gradients = [make_tree(s) for s in (0, 10, 20, 30)], [make_tree(s) for s in (40, 50, 60, 70)]
-    for gradient, bad in zip(gradients, (torch.inf, -torch.inf, torch.nan), strict=False):
-        gradient["b"][0][2] = bad
-    assert [recipes.has_non_finite(g).item() for g in gradients] == [True, True, True, False]
-
-    def step(params: Any, grads: Any) -> Any:
-        state = adam_init(params, hparams)
-        return adam_update(params, grads, state, hparams, kernel=kernel, found_inf=recipes.has_non_finite(grads))
-
-    got = vmap(step)(stacked(members), stacked(gradients))
-    assert_close(got, stacked([step(p, g) for p, g in zip(members, gradients, strict=True)]))
-    assert_equal(optree.tree_map(lambda x: x[:3], got[0]), stacked(members[:3]))
-    assert got[1].step.tolist() == [0.0, 0.0, 0.0, 1.0]
+SCALER = {"growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 3}
+FACTORS = [1.0, torch.inf, 1.0, 1.0, 1.0, 1.0, torch.nan, torch.inf, *[1.0] * 9]
 
 
 @each_kernel
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_scaling_has_the_bits_of_grad_scaler(recipes: SimpleNamespace, kernel: str, autocast: bool) -> None:
-    options = {"growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 3}
-    factors = [1.0, torch.inf, 1.0, 1.0, 1.0, 1.0, torch.nan, torch.inf, *[1.0] * 9]
+@pytest.mark.parametrize(
+    ("start", "options", "factors", "extremes"),
+    [(10, SCALER, FACTORS, (6, 12)), (126, {"growth_interval": 1}, [1e-6] * 3, (127, 127))],
+    ids=["usual", "near the largest"],
+)
+def test_loss_scaling_has_the_bits_of_grad_scaler(
+    recipes: SimpleNamespace, kernel: str, autocast: bool, start: int, options: Any, factors: Any, extremes: Any
+) -> None:
     hparams = AdamHparams(lr=0.1, weight_decay=0.1)
 
     def loss(params: Any, factor: float) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return recipes.loss(params, recipes.x, recipes.y).float() * factor
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**start, **options)
     torch_params = optree.tree_map(lambda p: p.clone().requires_grad_(), recipes.params)
     leaves = optree.tree_leaves(torch_params)
     optimizer = torch.optim.Adam(leaves, lr=0.1, weight_decay=0.1, **TORCH_FLAGS[kernel])
     params, state = recipes.params, adam_init(recipes.params, hparams)
-    current = recipes.LossScale(torch.tensor(2.0**10), torch.tensor(0, dtype=torch.int32))
+    current = recipes.LossScale(torch.tensor(2.0**start), torch.tensor(0, dtype=torch.int32))
     scales = []
     for factor in factors:
         grads = grad(lambda p, scale, factor: loss(p, factor) * scale)(params, current.scale, factor)
@@ -211,25 +165,10 @@ def test_loss_scaling_has_the_bits_of_grad_scaler(recipes: SimpleNamespace, kern
         assert_equal(optree.tree_leaves(params), [leaf.detach() for leaf in leaves])
         assert current.scale.item() == scaler.get_scale()
         assert current.good_steps.item() == scaler.state_dict()["_growth_tracker"]
-        scales.append(current.scale.item())
-    assert state.step == len(factors) - 3
-    assert min(scales) < 2.0**10 < max(scales)
+        scales.append(current.scale.log2().item())
+    assert state.step == sum(map(math.isfinite, factors))
+    assert (min(scales), max(scales)) == extremes
     assert (current.scale.dtype, current.good_steps.dtype) == (torch.float32, torch.int32)
-
-
-def test_the_loss_scale_stays_finite_as_in_torch(recipes: SimpleNamespace) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=1)
-    weight = torch.ones((), requires_grad=True)
-    optimizer = torch.optim.SGD([weight])
-    current = recipes.LossScale(torch.tensor(2.0**126), torch.tensor(0, dtype=torch.int32))
-    for _ in range(3):
-        scaler.scale(weight * 1e-6).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        current = recipes.next_loss_scale(current, torch.tensor(False), growth_interval=1)
-        assert current.scale.item() == scaler.get_scale()
-        optimizer.zero_grad()
-    assert current.scale == 2.0**127
 
 
 # Ensembles.
@@ -254,20 +193,28 @@ def test_stacking_and_unstacking_are_inverse(recipes: SimpleNamespace) -> None:
     assert_equal(recipes.unstack(ensemble)[1:], members[1:])
 
 
-def test_a_member_that_is_masked_stands_still_and_goes_on_later(recipes: SimpleNamespace) -> None:
-    hparams = AdamHparams(lr=0.1)
+@each_kernel
+def test_a_member_with_a_gradient_that_is_not_finite_stands_still_and_goes_on_later(
+    recipes: SimpleNamespace, kernel: str
+) -> None:
+    hparams = AdamHparams(lr=0.1, weight_decay=0.1)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        found_inf = recipes.has_non_finite(grads)
+        return adam_update(params, grads, state, hparams, kernel=kernel, found_inf=found_inf)
+
     members = init_members(range(3), hparams)
     ensemble = recipes.stack(members)
-    for t, mask in enumerate(([False, True, False], [True, True, False], [False, False, False])):
-        gradients = [make_tree(100 * t + s) for s in (1, 2, 3)]
-        ensemble = vmap(lambda p, g, s, still: adam_update(p, g, s, hparams, found_inf=still))(
-            ensemble[0], stacked(gradients), ensemble[1], torch.tensor(mask)
-        )
-        members = [
-            (params, state) if still else adam_update(params, grads, state, hparams)
-            for (params, state), grads, still in zip(members, gradients, mask, strict=True)
-        ]
-        assert_close(recipes.unstack(ensemble), members)
+    for t, factors in enumerate(((1, torch.inf, 1), (-torch.inf, torch.nan, 1), (1, 1, 1))):
+        before, gradients = recipes.unstack(ensemble), [make_tree(100 * t + s) for s in (1, 2, 3)]
+        for gradient, factor in zip(gradients, factors, strict=True):
+            gradient["b"][0][2] *= factor
+        ensemble = vmap(step)(*ensemble, stacked(gradients))
+        members = [step(*member, grads) for member, grads in zip(members, gradients, strict=True)]
+        after = recipes.unstack(ensemble)
+        assert_close(after, members)
+        still = [i for i, factor in enumerate(factors) if factor != 1]
+        assert_equal([after[i] for i in still], [before[i] for i in still])
     assert ensemble[1].step.tolist() == [2.0, 1.0, 3.0]
 
 
