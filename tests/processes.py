@@ -19,8 +19,6 @@ import torch.multiprocessing
 HOST = "127.0.0.1"
 TIME_LIMIT = 120.0  # seconds for one run; against hanging, not a measure of speed
 PATIENCE = 2.0  # seconds after the first failure for the others to fail too
-# A server imports these once. Workers are its forks, so that each of them starts at once.
-SHARED_IMPORTS = ["tests.test_dtensor", "tests.test_distributed", "torch.distributed.optim", "torch._dynamo"]
 
 
 class WorkerDiedError(Exception):
@@ -96,8 +94,7 @@ class Workers(AbstractContextManager["Workers"]):
 
 
 def _start() -> tuple[Any, Connection]:
-    context: Any = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SHARED_IMPORTS)
+    context: Any = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there,), daemon=True)
     process.start()
