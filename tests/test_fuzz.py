@@ -86,7 +86,7 @@ torch.tensor(1.0).to_sparse(), torch.ones(2, 2).to_sparse_csr(), torch.ones(2).t
 torch.ones(2).to(torch.float8_e4m3fn), torch.ones(()).to(torch.float8_e4m3fn),
 torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
 torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged), torch.empty(0), torch.ones(2),
-torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.long), torch.ones(3, 3),
+torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.long), torch.ones(3, 3), torch.ones(2).cfloat(),
 torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True), torch.ones(2).as_subclass(RefusesFunctions),
 torch.ones(()).as_subclass(RefusesFunctions), RefusesBool(), RefusesEq(), RefusesAttributes(), RefusesIteration(),
 ]"""
