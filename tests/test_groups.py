@@ -1,9 +1,11 @@
 """Numbers per subtree or leaf: as the param groups of `torch.optim`, one kernel call a set, under every transform."""
 
 import dataclasses
+import itertools
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import optree
@@ -23,9 +25,8 @@ from functional_adam import (
     explain,
     from_torch_state_dict,
     to_torch_state_dict,
-    transformation,
 )
-from tests.builders import assert_unchanged, snapshot
+from tests.builders import assert_unchanged, snapshot, tensors_of
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.strategies import PROPERTY, random_tensor, seeds, trees
 from tests.test_cuda_path import Recorder
@@ -41,11 +42,6 @@ NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 DEFAULTS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 CASES: dict[str, dict[str, Any]] = {  # prefixes of `make_tree`
     "lr_by_part": {"lr": {"head": 0.1, "layers": 0.01, "norm": 0.0}},
-    "lr_by_node": {"lr": {"head": 0.1, "layers": [0.01, 0.02], "norm": 0.3}, "weight_decay": 0.1},
-    "lr_by_leaf": {
-        "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": [Block(0.3, 0.4), Block(0.5, 0.6)], "norm": 0.7},
-        "beta1": 0.5,
-    },
     "mask": {"weight_decay": {"head": {"b": 0, "w": 1}, "layers": [Block(0.1, 0.0)] * 2, "norm": 0.0}},
     "all": {
         "lr": {"head": {"b": 0.1, "w": 0.2}, "layers": 0.3, "norm": 0.4},
@@ -166,23 +162,14 @@ def test_leaves_without_gradient_stand_still_as_in_torch(kernel: str, case: str,
 @each_kernel
 def test_a_skipped_or_scaled_update_with_prefixes_is_that_of_each_part_and_changes_no_input(kernel: str) -> None:
     params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES["tensors"])
-    call = (params, grads, adam_init(params, hparams), hparams)
-    scaled = optree.tree_map(lambda g: g * 8, grads)
-    tensors = [x for x in optree.tree_leaves((*call, scaled)) if isinstance(x, Tensor)]
+    state, scaled = adam_init(params, hparams), optree.tree_map(lambda g: g * 8, grads)
+    tensors = tensors_of((params, grads, state, hparams, scaled))
     before = snapshot(tensors)
-    skipped = adam_update(*call, kernel=kernel, found_inf=torch.tensor(True))
-    assert_equal(skipped, (params, call[2]))
-    got = adam_update(params, scaled, *call[2:], kernel=kernel, grad_scale=torch.tensor(8.0))
-    assert_equal(got, adam_update(*call, kernel=kernel))
+    skipped = adam_update(params, grads, state, hparams, kernel=kernel, found_inf=torch.tensor(True))
+    assert_equal(skipped, (params, state))
+    got = adam_update(params, scaled, state, hparams, kernel=kernel, grad_scale=torch.tensor(8.0))
+    assert_equal(got, adam_update(params, grads, state, hparams, kernel=kernel))
     assert_unchanged(tensors, before)
-
-
-def test_a_prefix_of_one_leaf_is_the_number() -> None:
-    params, grads = make_tree(), make_tree(seed=1)
-    number = AdamHparams(lr=0.1)
-    tree = AdamHparams(lr=optree.tree_map(lambda _: 0.1, params))
-    assert_equal(run(params, [grads], tree), run(params, [grads], number))
-    assert_equal(run([], [[]], AdamHparams(lr=[])), run([], [[]], number))
 
 
 # One call a set.
@@ -197,8 +184,6 @@ def fused_calls(function: Callable[..., Any], *args: Any, **how: Any) -> list[in
 
 CALLS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "lr_by_part": (CASES["lr_by_part"], [1, 2, 4]),
-    "lr_by_node": (CASES["lr_by_node"], [1, 2, 2, 2]),
-    "lr_by_leaf": (CASES["lr_by_leaf"], [1] * 7),
     "mask": (CASES["mask"], [1, 2, 4]),  # 1 for head.w, 0.1 for two weights, 0 for the other four
     "tensors": (CASES["tensors"], [1, 1, 1, 2, 2]),
     "equal_numbers": ({"lr": optree.tree_map(lambda _: 0.1, make_tree())}, [7]),
@@ -206,34 +191,25 @@ CALLS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CALLS)
-def test_the_kernel_is_called_once_per_distinct_set(case: str) -> None:
-    numbers, counts = CALLS[case]
-    for flags in FLAGS.values():
-        for donate in (False, True):
-            call = (make_tree(), [make_tree(seed=1)], make_hparams(numbers, **flags))
-            assert fused_calls(run, *call, donate=donate) == counts
+@pytest.mark.parametrize(("numbers", "counts"), CALLS.values(), ids=CALLS)
+def test_the_kernel_is_called_once_per_distinct_set(numbers: dict[str, Any], counts: list[int]) -> None:
+    for flags, donate in itertools.product(FLAGS.values(), (False, True)):
+        call = (make_tree(), [make_tree(seed=1)], make_hparams(numbers, **flags))
+        assert fused_calls(run, *call, donate=donate) == counts
 
 
 def test_the_kernel_is_called_once_per_distinct_set_under_a_transform() -> None:
     hparams, params, grads = make_hparams(CASES["mask"]), make_tree(), make_tree(seed=1)
-    state = adam_init(params, hparams)
-
-    def total(params: Any) -> Tensor:
-        return sum(x.sum() for x in optree.tree_leaves(adam_update(params, grads, state, hparams)[0]))
-
-    assert fused_calls(grad(total), params) == CALLS["mask"][1]
+    assert fused_calls(grad(lambda p: ours(p, [grads], hparams)), params) == CALLS["mask"][1]
     stacked = optree.tree_map(lambda x: torch.stack([x, x]), (params, grads))
-    mapped = vmap(lambda p, g: adam_update(p, g, state, hparams))
-    assert fused_calls(mapped, *stacked) == CALLS["mask"][1]
+    assert fused_calls(vmap(lambda p, g: run(p, [g], hparams)), *stacked) == CALLS["mask"][1]
 
 
 @pytest.mark.parametrize("function", [adam_update, explain])
 @pytest.mark.parametrize("kind", ["own", "shared", "number"])
 def test_work_is_in_proportion_to_the_leaves(function: Callable[..., Any], kind: str) -> None:
     def count_instructions(size: int) -> int:
-        params = {str(i): torch.ones(2) for i in range(size)}
-        one = torch.tensor(0.1)
+        params, one = {str(i): torch.ones(2) for i in range(size)}, torch.tensor(0.1)
         hparams = AdamHparams(lr={k: {"own": torch.tensor(0.1), "shared": one, "number": 0.1}[kind] for k in params})
         state = adam_init(params, hparams)
         count = 0
@@ -257,16 +233,6 @@ def test_work_is_in_proportion_to_the_leaves(function: Callable[..., Any], kind:
 
 
 # Derivatives, mapping, compiling.
-
-
-def tensor_hparams(case: str = "all", **flags: bool) -> AdamHparams:
-    """All numbers as float64 tensors; eps is raised so that second derivatives are of moderate size."""
-    hparams = make_hparams({**CASES[case], "eps": {"head": 0.1, "layers": [0.2, 0.3], "norm": 0.4}}, **flags)
-    return optree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64), hparams)
-
-
-def divided(hparams: AdamHparams, by: int) -> AdamHparams:
-    return optree.tree_map(lambda x: x / by, hparams)
 
 
 def weighted_sum(leaves: list[Tensor]) -> Tensor:
@@ -304,13 +270,11 @@ def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
     kernel: str, decoupled_weight_decay: bool
 ) -> None:
     params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
-    hparams = tensor_hparams(decoupled_weight_decay=decoupled_weight_decay)
-
-    def by_kernel(h: AdamHparams) -> Tensor:
-        return ours(params, gradients, h, kernel=kernel)
-
-    def by_equations(h: AdamHparams) -> Tensor:
-        return reference(params, gradients, h)
+    # All numbers as tensors; eps is raised so that second derivatives are of moderate size.
+    numbers = {**CASES["all"], "eps": {"head": 0.1, "layers": [0.2, 0.3], "norm": 0.4}}
+    hparams = make_hparams(numbers, decoupled_weight_decay=decoupled_weight_decay)
+    hparams = optree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64), hparams)
+    by_kernel, by_equations = partial(ours, params, gradients, kernel=kernel), partial(reference, params, gradients)
 
     got, expected = grad(by_kernel)(hparams), grad(by_equations)(hparams)
     assert optree.tree_structure(got) == optree.tree_structure(hparams)
@@ -323,12 +287,15 @@ def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
     leaves = optree.tree_map(lambda x: x.clone().requires_grad_(), hparams)
     by_kernel(leaves).backward()
     assert_close(optree.tree_map(lambda x: x.grad, leaves), expected)
+    # Of members, with numbers of their own.
+    members = [optree.tree_map(lambda x, i=i: x / i, hparams) for i in (1, 2, 3)]
+    mapped = vmap(grad(by_kernel))(optree.tree_map(lambda *xs: torch.stack(xs), *members))
+    assert_close(mapped, optree.tree_map(lambda *xs: torch.stack(xs), *map(grad(by_equations), members)))
     # Numbers beside the tensors that are differentiated by.
-    given = dataclasses.replace(
-        hparams, betas=(0.9, 0.999), eps=0.1, weight_decay={"head": 0.1, "layers": 0, "norm": 0.3}
-    )
+    beside = {"betas": (0.9, 0.999), "eps": 0.1, "weight_decay": {"head": 0.1, "layers": 0, "norm": 0.3}}
+    mixed = dataclasses.replace(hparams, **beside)
     second, expected_second = (
-        hessian(lambda lr, by=by: by(dataclasses.replace(given, lr=lr)))(given.lr) for by in (by_kernel, by_equations)
+        hessian(lambda lr, by=by: by(dataclasses.replace(mixed, lr=lr)))(mixed.lr) for by in (by_kernel, by_equations)
     )
     assert_close(second, expected_second)
     assert second["norm"]["norm"].abs() > 0
@@ -339,84 +306,72 @@ def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
 def test_mapping_over_a_tree_of_stacked_numbers_equals_a_loop(kernel: str, name: str) -> None:
     params, grads = make_tree(torch.float64), make_tree(torch.float64, 1)
     values = torch.linspace(0.1, 0.5, 3, dtype=torch.float64)
-    members = {"head": {"b": values, "w": values / 2}, "layers": values / 3, "norm": 0.25}
+    members = {"head": {"b": values, "w": values / 2}, "layers": values / 3}
 
     def update(value: Any) -> Any:
-        hparams = make_hparams({**CASES["all"], name: value})
-        return adam_update(params, grads, adam_init(params, hparams), hparams, kernel=kernel)
+        return run(params, [grads], make_hparams({**CASES["all"], name: {**value, "norm": 0.25}}), kernel=kernel)
 
-    def member(i: int) -> Any:
-        return optree.tree_map(lambda x: x[i] if isinstance(x, Tensor) else x, members)
-
-    axes = optree.tree_map(lambda x: 0 if isinstance(x, Tensor) else None, members)
-    got = vmap(lambda tensors: update({**tensors, "norm": 0.25}))({k: members[k] for k in ("head", "layers")})
-    alone = [update(member(i)) for i in range(3)]
-    assert_close(got, optree.tree_map(lambda *xs: torch.stack(xs), *alone))
-    assert_close(vmap(update, in_dims=(axes,))(members), got)
-
-
-def test_mapped_derivatives_by_a_tree_equal_a_loop() -> None:
-    params, gradients = make_tree(torch.float64), [make_tree(torch.float64, seed) for seed in (1, 2)]
-    hparams = tensor_hparams()
-    stacked = optree.tree_map(lambda *xs: torch.stack(xs), *(divided(hparams, i) for i in (1, 2, 3)))
-    got = vmap(grad(lambda h: ours(params, gradients, h)))(stacked)
-    alone = [grad(lambda h: reference(params, gradients, h))(divided(hparams, i)) for i in (1, 2, 3)]
-    assert_close(got, optree.tree_map(lambda *xs: torch.stack(xs), *alone))
+    alone = [update(optree.tree_map(lambda x, i=i: x[i], members)) for i in range(3)]
+    assert_close(vmap(update)(members), optree.tree_map(lambda *xs: torch.stack(xs), *alone))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_update_equals_eager_and_compiles_once_for_all_tensors() -> None:
-    compiled = torch.compile(adam_update, fullgraph=True, backend="aot_eager")
-    first = tensor_hparams(**FLAGS["all_flags"])
-    params = make_tree()
-    state = adam_init(params, first)
-    for seed in (1, 2):
-        call = (params, make_tree(seed=seed), state, divided(first, seed))
+def test_a_compiled_update_finds_numbers_by_key_and_compiles_once_for_all_tensors() -> None:
+    # Numbers in an order of keys, and in a kind of dict, that are those of the parameters or others.
+    decays = {"a": {"weight": 0.5, "bias": 0.0}, "b": OrderedDict(weight=0.25, bias=0.5)}
+    decays |= {"c": OrderedDict(bias=0.5, weight=0.0), "d": OrderedDict({3: 0.5, "weight": 0.25})}
+    names = ("weight", "bias")
+    keys = {"a": OrderedDict.fromkeys(names), "b": dict.fromkeys(names)}
+    keys |= {"c": OrderedDict.fromkeys(names), "d": dict.fromkeys(("weight", 3))}
+    params = optree.tree_map(lambda _: torch.ones(2), keys, none_is_leaf=True)
+    grads = optree.tree_map(torch.zeros_like, params)
+    grads["d"][3] = None
+    given = AdamHparams(weight_decay=decays, decoupled_weight_decay=True)
+    state = adam_init(params, given, per_leaf_step=True)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def update(params: Any, rates: Any) -> Any:
+        return adam_update(params, grads, state, dataclasses.replace(given, lr=rates))
+
+    for half in (0.5, 0.25):
+        rates = {"a": 0.5, "b": {"weight": torch.tensor(half), "bias": 0.5}, "c": torch.tensor(half), "d": 0.5}
         with torch._dynamo.config.patch(error_on_recompile=True):
-            params, state = compiled(*call)
-        assert_close((params, state), adam_update(*call))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_update_takes_trees_of_floats_and_tensors() -> None:
-    compiled = torch.compile(adam_update, fullgraph=True, backend="aot_eager")
-    params, grads, hparams = make_tree(), make_tree(seed=1), make_hparams(CASES["tensors"])
-    state = adam_init(params, hparams, per_leaf_step=True)
-    grads["norm"] = None
-    assert_close(compiled(params, grads, state, hparams), adam_update(params, grads, state, hparams))
+            new, new_state = update(params, rates)
+        found = optree.tree_map(lambda x: x[0].item(), new)
+        assert found["a"] == {"weight": 0.75, "bias": 1.0}
+        assert found["b"] == {"weight": 1 - half / 4, "bias": 0.75}
+        assert found["c"] == {"weight": 1.0, "bias": 1 - half / 2}
+        assert found["d"] == {"weight": 0.875, 3: 1.0}
+        assert [new_state.step["d"][key].item() for key in ("weight", 3)] == [1.0, 0.0]
 
 
 # Errors.
 
 PLACES = {name: {"beta1": r"betas\[0\]", "beta2": r"betas\[1\]"}.get(name, name) for name in NUMBERS}
-# What differs from a tree of a number a part, and what the error says.
-WRONG_PREFIXES: dict[str, tuple[dict[str, Any], str]] = {
-    "extra_key": ({"tail": 0.1}, r"^hparams\.lr has the extra \['tail'\], but params has .* prefix of params"),
-    "other_key": ({"head": {"b": 0.1, "v": 0.1}}, r"hparams\.lr\['head'\] .* prefix"),
-    "length": ({"layers": [0.1]}, r"^hparams\.lr\['layers'\] has length 1, but params\['layers'\] has length 2"),
-    "none": (
-        {"layers": [0.1, Block(0.1, None)]},
-        r"^hparams\.lr\['layers'\]\[1\]\.bias is None, but params\['layers'\]\[1\]\.bias is of type Tensor\.",
-    ),
-    "none_for_a_node": ({"head": None}, r"^hparams\.lr\['head'\] is None, but params\['head'\] is of type dict\."),
-    "node": ({"layers": (0.1, 0.1)}, r"hparams\.lr\['layers'\] is of type tuple"),
-    "named": ({"layers": [(0.1, 0.1), 0.1]}, r"hparams\.lr\['layers'\]\[0\] is of type tuple"),
-    "too_deep": ({"norm": {"w": 0.1}}, r"hparams\.lr\['norm'\] is of type dict"),
-    "shape": ({"head": torch.ones(2)}, r"hparams\.lr\['head'\] has shape \(2,\)\. Expected"),
-    "one_element": ({"head": torch.ones(1)}, r"hparams\.lr\['head'\] has shape \(1,\)"),
-}
+# What differs from a tree of a number a part, and what the error says behind hparams.lr.
+WRONG_PREFIXES: list[tuple[dict[str, Any], str]] = [
+    ({"tail": 0.1}, r" has the extra \['tail'\], but params has .* prefix of params"),
+    ({"head": {"b": 0.1, "v": 0.1}}, r"\['head'\] .* prefix"),
+    ({"layers": [0.1]}, r"\['layers'\] has length 1, but params\['layers'\] has length 2"),
+    ({"layers": [0.1, Block(0.1, None)]}, r"(\['layers'\]\[1\].bias) is None, but params\1 is of type Tensor\."),
+    ({"head": None}, r"\['head'\] is None, but params\['head'\] is of type dict\."),
+    ({"layers": (0.1, 0.1)}, r"\['layers'\] is of type tuple"),
+    ({"layers": [(0.1, 0.1), 0.1]}, r"\['layers'\]\[0\] is of type tuple"),
+    ({"norm": {"w": 0.1}}, r"\['norm'\] is of type dict"),
+    ({"head": torch.ones(1)}, r"\['head'\] has shape \(1,\)\. Expected"),
+]
 
 
-@pytest.mark.parametrize(("changed", "match"), WRONG_PREFIXES.values(), ids=WRONG_PREFIXES)
+@pytest.mark.parametrize(("changed", "match"), WRONG_PREFIXES, ids=[match for _, match in WRONG_PREFIXES])
 def test_a_prefix_that_does_not_fit_names_the_path(changed: dict[str, Any], match: str) -> None:
     params = make_tree()
     hparams = AdamHparams(lr={"head": 0.1, "layers": 0.1, "norm": 0.1, **changed})
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=rf"^hparams\.lr{match}"):
         adam_update(params, make_tree(seed=1), adam_init(params, AdamHparams()), hparams)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_prefix_that_does_not_fit_names_the_number_and_changes_nothing(name: str) -> None:
+def test_what_does_not_fit_or_is_no_number_names_the_number_and_changes_nothing(name: str) -> None:
     params = make_tree()
     state = adam_init(params, AdamHparams())
     before = snapshot((params, state))
@@ -425,16 +380,11 @@ def test_a_prefix_that_does_not_fit_names_the_number_and_changes_nothing(name: s
     with pytest.raises(ValueError, match=match):
         adam_update(params, make_tree(seed=1), state, hparams, donate=True)
     assert_unchanged((params, state), before)
-
-
-@pytest.mark.parametrize("name", NUMBERS)
-def test_what_is_no_number_in_a_tree_or_out_of_range_is_an_error_with_its_path(name: str) -> None:
     path = rf"hparams\.{PLACES[name]}\['head'\]\[1\]"
-    for value in ("0.1", True, 1j, torch.tensor(True), torch.tensor(1j)):
+    for value in ("0.1", True, torch.tensor(1j)):
         with pytest.raises(TypeError, match=f"{path} is .*Expected a"):
             make_hparams({name: {"head": [0.1, value], "layers": 0.1}})
-    invalid = [-1.0, float("nan"), torch.tensor(-1.0), torch.tensor(float("nan"))]
-    for value in invalid + [1.0] * name.startswith("beta"):
+    for value in (-1.0, float("nan"), torch.tensor(-1.0)):
         with pytest.raises(ValueError, match=rf"Invalid .*{path}.*Expected a number"):
             make_hparams({name: {"head": [0.1, value], "layers": 0.1}})
 
@@ -494,42 +444,6 @@ def test_numbers_gradients_and_states_reach_their_leaves_by_key_in_every_kind_of
     assert_equal(flat(found.exp_avg), flat(state.exp_avg))
 
 
-ORDERS = {
-    "a_state_dict": (OrderedDict, ("weight", "bias"), dict, ("weight", "bias")),
-    "an_ordered_dict_of_numbers": (dict, ("weight", "bias"), OrderedDict, ("weight", "bias")),
-    "other_order": (OrderedDict, ("weight", "bias"), OrderedDict, ("bias", "weight")),
-    "unsortable": (dict, ("weight", 3), OrderedDict, (3, "weight")),
-}
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("kind", "keys", "kind_of_numbers", "order"), ORDERS.values(), ids=ORDERS)
-def test_numbers_are_found_by_key_on_every_way(
-    kind: Any, keys: tuple[Any, ...], kind_of_numbers: Any, order: tuple[Any, ...]
-) -> None:
-    params, grads = (kind((key, torch.full((2,), value)) for key in keys) for value in (1.0, 0.0))
-    decay = dict(zip(keys, (0.5, 0.0), strict=True))
-    flags = {"weight_decay": kind_of_numbers((key, decay[key]) for key in order), "decoupled_weight_decay": True}
-    hparams = AdamHparams(lr=0.5, **flags)
-    state = adam_init(params, hparams)
-
-    def after(p: Any) -> Any:
-        return adam_update(p, grads, state, hparams)[0]
-
-    optimizer = transformation.adam(0.5, **flags)
-    ways = {
-        "eager": after(params),
-        "compile": torch.compile(after, fullgraph=True, backend="eager")(params),
-        "grad": grad(lambda p: sum(x.sum() for x in after(p).values()))(params),
-        "transformation": transformation.apply_updates(
-            params, optimizer.update(grads, optimizer.init(params), params)[0]
-        ),
-    }
-    expected = {key: [1 - 0.5 * decay[key]] * 2 for key in keys}
-    for way, found in ways.items():
-        assert {key: x.tolist() for key, x in found.items()} == expected, way
-
-
 @pytest.mark.parametrize("at_none", [None, 0.5], ids=["none", "number"])
 def test_numbers_may_have_none_or_a_number_where_params_have_none(at_none: Any) -> None:
     params = {"w": torch.ones(2), "bias": None, "layers": [Block(torch.ones(3), None)]}
@@ -538,8 +452,7 @@ def test_numbers_may_have_none_or_a_number_where_params_have_none(at_none: Any) 
     expected, _ = run([torch.ones(2), torch.ones(3)], [[torch.ones(2), torch.ones(3)]], AdamHparams(lr=[0.1, 0.2]))
     assert_close([new["w"], new["layers"][0].weight], expected)
     assert new["bias"] is None
-    hparams = AdamHparams(lr=lr)
-    state_dict = to_torch_state_dict(params, adam_init(params, hparams), hparams)
+    state_dict = to_torch_state_dict(params, adam_init(params, AdamHparams()), AdamHparams(lr=lr))
     found, found_hparams = from_torch_state_dict(params, state_dict)
     assert found_hparams.lr == {"w": 0.1, "bias": None, "layers": [Block(0.2, None)]}
     assert_equal(adam_update(params, params, found, found_hparams)[0], new)
