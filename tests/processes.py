@@ -1,4 +1,4 @@
-"""Real processes for tests of torch.distributed: spawned workers, joined by gloo on loopback, that a test can call."""
+"""Real processes for tests of torch.distributed: workers, joined by gloo on loopback, that a test can call."""
 
 import os
 import pickle
@@ -7,6 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,58 +25,35 @@ class WorkerDiedError(Exception):
     """A worker ended without an answer. The message has its exit code, which is -9 after SIGKILL."""
 
 
-class Workers:
-    """Spawned processes that call functions together, as the ranks of a gloo process group.
+class Workers(AbstractContextManager["Workers"]):
+    """Processes that call functions together, as the ranks of a gloo process group.
 
-    They are started when first needed and kept, since each start imports torch. Give them to tests by a fixture of
-    module scope::
-
-        @pytest.fixture(scope="module")
-        def workers():
-            with Workers() as workers:
-                yield workers
-
-        def add_ranks(offset):  # in a worker
-            total = torch.tensor(dist.get_rank() + offset)
-            dist.all_reduce(total)
-            return total
-
-        def test_sum(workers):
-            assert workers.run(2, add_ranks, 10) == [21, 21]
-
-    `run(2, add_ranks, 10)` calls `add_ranks(10)` in 2 processes at once and returns what they return, in the order of
-    ranks. The function must stand at the top of a module; arguments and results are pickled (plain tensors are,
-    DTensors are not). Each call has a process group of its own on a free port, which it finds initialised and must
-    not destroy. `MASTER_ADDR`, `MASTER_PORT`, `RANK` and `WORLD_SIZE` are set, so that RPC finds the same store by
-    "env://". Each process uses one thread; warnings raise, as in the tests.
-
-    If a function raises, `run` raises RuntimeError with the traceback; if a worker dies, WorkerDiedError; after
-    `time_limit` seconds, TimeoutError. All workers are then killed, and the next run starts new ones. None outlives the
-    `with` statement.
+    They start when first needed, and end with the `with` statement. A function must stand at the top of a module; its
+    arguments and results are pickled (plain tensors are, DTensors are not). It finds a process group on a free port,
+    which it must not destroy, and the environment of "env://", so that RPC finds the same store. Each process uses one
+    thread; warnings raise, as in the tests.
     """
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
 
-    def __enter__(self) -> "Workers":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(
-        self, count: int, function: Callable[..., Any], *arguments: Any, time_limit: float = TIME_LIMIT
-    ) -> list[Any]:
-        """What `function(*arguments)` returns in each of `count` processes."""
+    def run(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns in each of `count` processes, in the order of ranks.
+
+        If it raises, RuntimeError has the traceback; if a worker dies, WorkerDiedError says so; after the time limit
+        TimeoutError is raised. All workers are then killed, and the next run starts new ones.
+        """
         # The store lives here and picks its own port, which nobody can take in between.
         store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         while len(self._workers) < count:
             self._workers.append(_start())
-        workers = self._workers[:count]
         try:
-            for rank, (_, connection) in enumerate(workers):
-                connection.send_bytes(pickle.dumps((function, arguments, rank, count, store.port, time_limit)))
-            return self._answers(workers, time.monotonic() + time_limit)
+            for rank, (_, connection) in enumerate(self._workers[:count]):
+                connection.send_bytes(pickle.dumps((function, arguments, rank, count, store.port)))
+            return self._answers(count)
         except BaseException:
             self.close(patience=0.0)
             raise
@@ -84,43 +62,35 @@ class Workers:
         """End all workers; kill those that still run after `patience` seconds."""
         for _, connection in self._workers:
             connection.close()  # an idle worker ends at that
-        end = time.monotonic() + patience
         for process, _ in self._workers:
-            process.join(max(0.0, end - time.monotonic()))
+            process.join(patience)
             process.kill()
             process.join()
         self._workers = []
 
-    def _answers(self, workers: list[tuple[Any, Connection]], end: float) -> list[Any]:
-        answers: dict[int, Any] = {}
-        failed: list[str] = []
-        died: list[str] = []
-        waiting = {connection: rank for rank, (_, connection) in enumerate(workers)}
-        while waiting:
-            ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
-            if not ready:
-                break
+    def _answers(self, count: int) -> list[Any]:
+        replies: dict[int, Any] = {}
+        errors: list[Exception] = []
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:count])}
+        end = time.monotonic() + TIME_LIMIT
+        while waiting and (ready := wait(list(waiting), timeout=max(0.0, end - time.monotonic()))):
             for connection in ready:
                 rank = waiting.pop(connection)
                 try:
-                    succeeded, answers[rank] = pickle.loads(connection.recv_bytes())
+                    error, replies[rank] = pickle.loads(connection.recv_bytes())
                 except (EOFError, ConnectionResetError):
-                    process = workers[rank][0]
+                    process = self._workers[rank][0]
                     process.join(PATIENCE)
-                    died.append(f"Rank {rank} died with exit code {process.exitcode}.")
+                    errors.insert(0, WorkerDiedError(f"Rank {rank} died with exit code {process.exitcode}."))
                 else:
-                    if not succeeded:
-                        failed.append(f"Rank {rank} failed:\n{answers[rank]}")
-                if died or failed:
-                    # The first to answer may be one that lost its connection to the one at fault.
+                    errors += [RuntimeError(f"Rank {rank} failed:\n{error}")] if error else []
+                if errors:  # The first to answer may be one that lost its connection to the one at fault.
                     end = min(end, time.monotonic() + PATIENCE)
-        if died:
-            raise WorkerDiedError("\n".join(died))
-        if failed:
-            raise RuntimeError("\n".join(failed))
-        if waiting:
+        if not errors and waiting:
             raise TimeoutError(f"No answer in time from ranks {sorted(waiting.values())}.")
-        return [answers[rank] for rank in range(len(workers))]
+        if errors:
+            raise type(errors[0])("\n".join(map(str, errors)))
+        return [replies[rank] for rank in range(count)]
 
 
 def _start() -> tuple[Any, Connection]:
@@ -145,18 +115,15 @@ def _serve(connection: Connection) -> None:
         except EOFError:  # the parent is gone
             return
         try:
-            answer = (True, _call(*pickle.loads(message)))
-            reply = pickle.dumps(answer)
+            reply = pickle.dumps((None, _call(*pickle.loads(message))))
         except Exception:
-            reply = pickle.dumps((False, traceback.format_exc()))
+            reply = pickle.dumps((traceback.format_exc(), None))
         connection.send_bytes(reply)
 
 
-def _call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, count: int, port: int, time_limit: float
-) -> Any:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, count: int, port: int) -> Any:
     os.environ.update(MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
-    timeout = timedelta(seconds=time_limit)
+    timeout = timedelta(seconds=TIME_LIMIT)
     store = dist.TCPStore(HOST, port, is_master=False, timeout=timeout)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     try:

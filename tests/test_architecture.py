@@ -17,17 +17,8 @@ import functional_adam
 
 ROOT = Path(functional_adam.__file__).parent
 PUBLIC_NAMES = {
-    *(
-        "AdamHparams",
-        "AdamState",
-        "GrowingGraphWarning",
-        "_FunctionalAdam",
-        "_FunctionalAdamW",
-        "adam_init",
-        "adam_update",
-        "explain",
-    ),
-    *("from_torch_state_dict", "state_from_dict", "state_to_dict", "to_torch_state_dict"),
+    *("AdamHparams", "AdamState", "GrowingGraphWarning", "_FunctionalAdam", "_FunctionalAdamW", "adam_init"),
+    *("adam_update", "explain", "from_torch_state_dict", "state_from_dict", "state_to_dict", "to_torch_state_dict"),
     "transformation",
 }
 
@@ -66,29 +57,18 @@ def test_imports_are_a_staircase_of_at_most_eight_levels():
 
 
 def test_a_circle_of_imports_is_found():
-    circle = {
-        name: reader.Module(name, "", frozenset({other}), {}) for name, other in (("a", "b"), ("b", "c"), ("c", "a"))
-    }
+    circle = {name: reader.Module(name, "", frozenset({other}), {}) for name, other in ("ab", "bc", "ca")}
     with pytest.raises(ValueError, match=r"^a cycle of imports: a -> b -> c -> a$"):
         reader.levels(circle)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_folders_are_floors(name: str):
-    floors = [*reader.FLOORS, ""]
-    here = floors.index(MODULES[name].folder)
-    above = {other for other in MODULES[name].imports if floors.index(MODULES[other].folder) > here}
+def test_a_module_says_what_it_is_for_stands_above_what_it_imports_and_has_functions_of_a_screen(name: str):
+    floors, module = [*reader.FLOORS, ""], MODULES[name]
+    above = {x for x in module.imports if floors.index(MODULES[x].folder) > floors.index(module.folder)}
     assert not above, f"{name} is on a lower floor than what it imports"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_functions_fit_on_a_screen(name: str):
-    assert {function: lines for function, lines in MODULES[name].functions.items() if lines > 40} == {}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_each_module_says_what_it_is_for(name: str):
-    assert MODULES[name].what.endswith((".", "?"))
+    assert {function: lines for function, lines in module.functions.items() if lines > 40} == {}
+    assert module.what.endswith((".", "?"))
 
 
 def test_the_table_of_modules_shows_each_of_them_once():
@@ -105,13 +85,9 @@ def test_private_torch_names_stand_in_one_file(owner: str, names: tuple[str, ...
             assert (name in text) == (module == owner), f"{name} in {module}"
 
 
-def test_public_names_are_the_written_ones():
+def test_public_names_are_the_written_ones_and_dir_shows_them_alone():
     assert set(functional_adam.__all__) == PUBLIC_NAMES
-    for name in PUBLIC_NAMES:
-        assert getattr(functional_adam, name).__doc__
-
-
-def test_dir_shows_the_public_names_alone():
+    assert all(getattr(functional_adam, name).__doc__ for name in PUBLIC_NAMES)
     submodules = {"distributed", "recycling", "transformation"}
     shown = dir(functional_adam)
     assert {name for name in shown if not name.startswith("__")} == PUBLIC_NAMES | submodules
@@ -121,36 +97,34 @@ def test_dir_shows_the_public_names_alone():
         functional_adam.sgd  # noqa: B018
 
 
-def test_distributed_is_imported_when_it_is_asked_for():
-    out = run_python(
-        "import sys, functional_adam; name = 'functional_adam.distributed'; print(name in sys.modules);"
-        "print(functional_adam.distributed is sys.modules[name], functional_adam.distributed.register.__name__)"
-    )
-    assert out.split() == ["False", "True", "register"]
+IMPORTING = """
+import sys, torch, optree, torch.utils._pytree as pytree
+
+def loaded():
+    return {name for name in sys.modules if name.startswith(("torch.distributed", "numpy"))}
+
+def registered():
+    globals_ = {(c[0] if isinstance(c, tuple) else c).__name__ for c in torch.serialization.get_safe_globals()}
+    of_optree = [optree.register_pytree_node.get(namespace=name) for name in ("", "functional_adam")]
+    return [{c.__name__ for c in pytree.SUPPORTED_NODES}, *({c.__name__ for c in x} for x in of_optree), globals_]
+
+modules, classes = loaded(), registered()
+import functional_adam
+print(loaded() - modules, [sorted(new - old) for new, old in zip(registered(), classes)])
+name = "functional_adam.distributed"
+was_loaded = name in sys.modules
+print(was_loaded, functional_adam.distributed is sys.modules[name], functional_adam.distributed.register.__name__)
+print(loaded() - modules)
+"""
 
 
-@pytest.mark.parametrize("package", ["functional_adam", "functional_adam.distributed"])
-def test_import_is_light_and_silent(package: str):
-    out = run_python(
-        f"import sys, torch; before = set(sys.modules); import {package};"
-        "new = set(sys.modules) - before;"
-        "print(sorted(n for n in new if n.startswith(('torch.distributed', 'numpy'))))"
-    )
-    assert out.strip() == "[]"
-
-
-def test_import_registers_only_its_own_classes():
-    out = run_python(
-        "import torch, optree, torch.utils._pytree as p; before = set(p.SUPPORTED_NODES);"
-        "known = lambda name: set(optree.register_pytree_node.get(namespace=name)); optree_before = known('');"
-        "safe_before = torch.serialization.get_safe_globals();"
-        "import functional_adam;"
-        "print([c.__name__ for c in set(p.SUPPORTED_NODES) - before],"
-        "[c.__name__ for c in known('') - optree_before], [*(known('functional_adam') - known(''))]);"
-        "new = {*torch.serialization.get_safe_globals()} - {*safe_before};"
-        "print(sorted({(c[0] if isinstance(c, tuple) else c).__name__ for c in new}))"
-    )
-    assert out.splitlines() == ["['AdamHparams'] ['AdamHparams'] []", "['AdamHparams', 'AdamState']"]
+def test_import_is_light_and_silent_and_registers_only_its_own_classes():
+    own = ["AdamHparams"]
+    assert run_python(IMPORTING).splitlines() == [
+        f"set() {[own, own, own, ['AdamHparams', 'AdamState']]}",
+        "False True register",  # distributed is imported when it is asked for
+        "set()",
+    ]
 
 
 def test_trees_alone_takes_trees_apart():
@@ -163,23 +137,18 @@ def test_trees_alone_takes_trees_apart():
     assert calls == {"tensors.trees"}
 
 
-@pytest.mark.parametrize(
-    ("old", "name"), [("functional_adam.hparams", "AdamHparams"), ("functional_adam.state", "AdamState")]
-)
+@pytest.mark.parametrize(("old", "name"), [("hparams", "AdamHparams"), ("state", "AdamState")])
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_a_file_that_names_an_old_module_is_read(old: str, name: str, weights_only: bool):
     hparams = functional_adam.AdamHparams(lr=0.5)
     given = {"AdamHparams": hparams, "AdamState": functional_adam.adam_init(torch.ones(2), hparams)}[name]
-    file = io.BytesIO()
+    file, earlier = io.BytesIO(), io.BytesIO()
     torch.save(given, file)
     new = f"{type(given).__module__}\n{name}".encode()
     assert file.getvalue().count(new) == 1
     # A zip checks the length and the sum of what it holds: the pickle is packed anew.
-    with zipfile.ZipFile(file) as archive:
-        parts = {info.filename: archive.read(info) for info in archive.infolist()}
-    earlier = io.BytesIO()
-    with zipfile.ZipFile(earlier, "w", zipfile.ZIP_STORED) as archive:
-        for part, content in parts.items():
-            archive.writestr(part, content.replace(new, f"{old}\n{name}".encode()))
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(earlier, "w", zipfile.ZIP_STORED) as packed:
+        for info in archive.infolist():
+            packed.writestr(info.filename, archive.read(info).replace(new, f"functional_adam.{old}\n{name}".encode()))
     earlier.seek(0)
     assert repr(torch.load(earlier, weights_only=weights_only)) == repr(given)

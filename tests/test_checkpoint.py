@@ -357,13 +357,13 @@ def with_group(**changes: Any) -> dict[str, Any]:
 # Behind "state_dict".
 BAD: list[tuple[Any, type[Exception], str]] = [
     ([], TypeError, r" is of type list"),
-    (without(GOOD, "param_groups"), ValueError, r" has the keys 'state', expected"),
+    (without(GOOD, "param_groups"), ValueError, r" has the keys 'state'\. Expected"),
     (with_groups(3), TypeError, r" .* of types dict and int"),
     (with_groups([]), ValueError, r"\['param_groups'\] is empty"),
     (with_groups([3]), TypeError, r"\['param_groups'\]\[0\] is of type int"),
     (with_groups([without(GROUP, "lr")]), ValueError, r"\['param_groups'\]\[0\] has no 'lr'"),
     (with_group(params=3), TypeError, r"\['param_groups'\]\[0\]\['params'\] is 3"),
-    (with_group(betas=(0.9,)), ValueError, r"\['param_groups'\]\[0\]\['betas'\] is \(0\.9,\), expected a pair"),
+    (with_group(betas=(0.9,)), ValueError, r"\['param_groups'\]\[0\]\['betas'\] is \(0\.9,\)\. Expected a pair"),
     (with_group(params=[0, 1]), ValueError, r"\['param_groups'\] .* the 1 leaves of params: they add 1\."),
     (with_group(params=[]), ValueError, r"\['param_groups'\] .* they lack 0\."),
     (with_group(params=[0, 0]), ValueError, r"\['param_groups'\] .* they repeat 0\."),
@@ -377,13 +377,13 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (one_leaf(exp_avg=TWO.cfloat()), TypeError, rf"{AT}\['exp_avg'\] is of torch.complex64, but params is of"),
     (one_leaf(exp_avg=TWO.to_sparse()), TypeError, rf"{AT}\['exp_avg'\] has the layout torch.sparse_coo"),
     (one_leaf(exp_avg_sq=[1.0, 1.0]), TypeError, rf"{AT}\['exp_avg_sq'\] is of type list. Expected a tensor"),
-    (one_leaf(step=-1.0), ValueError, rf"{AT}\['step'\] is -1.0, expected a whole number"),
-    (one_leaf(step=torch.tensor(0.5)), ValueError, rf"{AT}\['step'\] is .*0.5.*, expected a whole number"),
-    (one_leaf(step=float("nan")), ValueError, rf"{AT}\['step'\] is nan, expected a whole number"),
+    (one_leaf(step=-1.0), ValueError, rf"{AT}\['step'\] is -1.0\. Expected a whole number"),
+    (one_leaf(step=torch.tensor(0.5)), ValueError, rf"{AT}\['step'\] is .*0.5.*\. Expected a whole number"),
+    (one_leaf(step=float("nan")), ValueError, rf"{AT}\['step'\] is nan\. Expected a whole number"),
     (one_leaf(step="1"), TypeError, rf"{AT}\['step'\] is '1' \(str\)\. Expected a number"),
     (one_leaf(step=True), TypeError, rf"{AT}\['step'\] is True \(bool\)\. Expected a number"),
-    (one_leaf(step=torch.zeros(0)), ValueError, rf"{AT}\['step'\] has shape \(0,\), expected \(\)"),
-    (one_leaf(step=torch.ones(3)), ValueError, rf"{AT}\['step'\] has shape \(3,\), expected \(\)"),
+    (one_leaf(step=torch.zeros(0)), ValueError, rf"{AT}\['step'\] has shape \(0,\)\. Expected \(\)"),
+    (one_leaf(step=torch.ones(3)), ValueError, rf"{AT}\['step'\] has shape \(3,\)\. Expected \(\)"),
     (one_leaf(step=torch.tensor(True)), TypeError, rf"{AT}\['step'\] is a tensor of torch\.bool"),
     (one_leaf(step=torch.tensor(1j)), TypeError, rf"{AT}\['step'\] is a tensor of torch\.complex64"),
 ]
@@ -412,7 +412,7 @@ def test_wrong_numbers_in_a_dict_of_torch_are_those_of_hparams() -> None:
         ([[0, 1], [2, 3]], [["a", "b"], ["c", "d"]], ValueError, r"names .* they add 'd'"),
         ([[0, 1, 2], [3]], [["a", "b", "c"], None], ValueError, r"lack the names of some parameters"),
         ([[0, 1, 2], [2]], [["a", "b", "c"], None], ValueError, r"repeat an index"),
-        ([[0, 1], [2]], [["a", "b"], 3], TypeError, r"\[1\]\['param_names'\] is of type int, expected names"),
+        ([[0, 1], [2]], [["a", "b"], 3], TypeError, r"\[1\]\['param_names'\] is of type int\. Expected names"),
     ],
 )
 def test_names_that_are_not_one_for_each_parameter_are_an_error(
@@ -622,8 +622,8 @@ BAD_FLAT: dict[str, tuple[Any, type[Exception], str]] = {
     "dtype": (flat_of(TWO.int()), TypeError, rf"^{EXP_AVG} is of torch.int32"),
     "complex": (flat_of(TWO.cfloat()), TypeError, rf"^{EXP_AVG} is of torch.complex64, but params\['w'\] is of"),
     "no_tensor": (flat_of([0.0, 0.0]), TypeError, rf"^{EXP_AVG} is of type list. Expected a tensor"),
-    "negative_step": (flat_of(step=-1.0), ValueError, r"^flat\['step'\] is .*expected a whole number"),
-    "stacked_step": (flat_of(step=[1.0] * 3), ValueError, r"^flat\['step'\] has shape \(3,\), expected \(\)"),
+    "negative_step": (flat_of(step=-1.0), ValueError, r"^flat\['step'\] is .*Expected a whole number"),
+    "stacked_step": (flat_of(step=[1.0] * 3), ValueError, r"^flat\['step'\] has shape \(3,\)\. Expected \(\)"),
     "complex_step": (flat_of(step=1 + 0j), TypeError, r"^flat\['step'\] .* torch.complex64.* a real tensor"),
     "flag_step": (flat_of(step=True), TypeError, r"^flat\['step'\] .* torch.bool.* a real tensor"),
 }
@@ -669,7 +669,7 @@ def test_a_flat_dict_is_where_its_state_is_whatever_the_default_device() -> None
 
 
 def test_what_is_no_state_is_not_written() -> None:
-    with pytest.raises(TypeError, match=r"^state is of type dict, expected an AdamState"):
+    with pytest.raises(TypeError, match=r"^state is of type dict\. Expected an AdamState"):
         state_to_dict({"step": torch.ones(())})  # type: ignore[arg-type]
     params, hparams = torch.ones(2), AdamHparams()
     donated = adam_init(params, hparams)

@@ -2,7 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import autograd, rpc
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,15 +41,8 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "amsgrad": True}
 ADAPTERS: dict[str, Any] = {"Adam": _FunctionalAdam, "AdamW": _FunctionalAdamW}
 OPTIMIZERS: dict[str, Any] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 
-each_name = pytest.mark.parametrize("name", OPTIMIZERS)
 # With the factor by which a scheduler multiplies the learning rate after each step.
-each_run = pytest.mark.parametrize(("name", "gamma"), [("Adam", 1.0), ("AdamW", 0.5)])
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers() as workers:
-        yield workers
+RUNS = (("Adam", 1.0), ("AdamW", 0.5))
 
 
 def torchs_optim() -> Any:
@@ -66,8 +64,8 @@ def loss_of(model: Callable[[Tensor], Tensor], step: int, rank: int) -> Tensor:
     return (model(x) - y).square().mean()
 
 
-def values(params: Iterable[Tensor]) -> list[Tensor]:
-    return [param.detach().clone() for param in params]
+def values(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
 
 
 def train_alone(name: str, *, gamma: float = 1.0, steps: Sequence[int] = range(STEPS), ranks: int = RANKS) -> Any:
@@ -82,7 +80,7 @@ def train_alone(name: str, *, gamma: float = 1.0, steps: Sequence[int] = range(S
             param.grad = sum(share / ranks for share in shares)  # added up as an all-reduce does
         optimizer.step()
         scheduler.step()
-    return values(params)
+    return values(model)
 
 
 def train(model: nn.Module, optimizer: Any, gamma: float, *, steps: int = STEPS, is_overlapped: bool) -> list[Tensor]:
@@ -92,57 +90,41 @@ def train(model: nn.Module, optimizer: Any, gamma: float, *, steps: int = STEPS,
         loss_of(model, step, dist.get_rank()).backward()
         if not is_overlapped:
             optimizer.step()
-        optimizer.zero_grad()
         model.zero_grad()
         scheduler.step()
-    return values(model.parameters())
+    return values(model)
 
 
-# DistributedDataParallel.
+# What each of two processes finds. A function that raises there fails the test.
 
 
-def train_in_ddp(name: str, way: str, gamma: float) -> list[Tensor]:
-    model = make_model()
-    # Buckets of about a hundred numbers, so that there are several.
-    ddp = DistributedDataParallel(model, bucket_cap_mb=4e-4, gradient_as_bucket_view=way == "views")
-    optimizer = ADAPTERS[name](model.parameters(), **OPTIONS)
+def a_step_follows_backward_or_overlaps_with_it() -> None:
     optim = torchs_optim()
     from torch.distributed.algorithms.ddp_comm_hooks import optimizer_overlap_hooks as hooks
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    register()
-    if "as_functional_optim" in way:
-        optimizer = optim.as_functional_optim(ADAPTERS[name], **OPTIONS)
-    if way == "torchs_fused_optim":
-        ddp._register_fused_optim(ADAPTERS[name], **OPTIONS)
-        optimizer._opt_called = True  # what steps is another, so the scheduler must not ask this one
-    unregister()
-    if way in ("ours", "views", "ours_as_functional_optim"):
-        step_in_ddp(ddp, optimizer)
-    elif way in ("torchs", "torchs_as_functional_optim"):
-        state = hooks._OptimizerHookState(optimizer)
-        ddp.register_comm_hook(None, hooks._hook_then_optimizer(allreduce_hook, state))
-    return train(ddp, optimizer, gamma, is_overlapped=way != "step")
-
-
-WAYS = ("step", "ours", "views", "ours_as_functional_optim", "torchs", "torchs_as_functional_optim")
-
-
-@pytest.mark.parametrize(
-    ("name", "way", "gamma"),
-    [
-        *(("Adam", way, 1.0) for way in (*WAYS, "torchs_fused_optim")),
-        *(("AdamW", way, 0.5) for way in WAYS),
-        ("AdamW", "torchs_fused_optim", 1.0),
-    ],
-)
-def test_ddp_overlap_is_backward_and_then_a_step(workers: Workers, name: str, way: str, gamma: float) -> None:
-    expected = train_alone(name, gamma=gamma)
-    for params in workers.run(RANKS, train_in_ddp, name, way, gamma):
-        assert_equal(params, expected)
+    ways = ("step", "ours", "views", "ours, functional", "torch's", "torch's, functional", "torch's fused")
+    for (name, gamma), way in product(RUNS, ways):
+        model = make_model()
+        # Buckets of about a hundred numbers, so that there are several.
+        ddp = DistributedDataParallel(model, bucket_cap_mb=4e-4, gradient_as_bucket_view=way == "views")
+        optimizer = ADAPTERS[name](model.parameters(), **OPTIONS)
+        register()
+        if "functional" in way:
+            optimizer = optim.as_functional_optim(ADAPTERS[name], **OPTIONS)
+        if way == "torch's fused":
+            ddp._register_fused_optim(ADAPTERS[name], **OPTIONS)
+            optimizer._opt_called, gamma = True, 1.0  # what steps is another, out of reach of the scheduler
+        unregister()
+        if way in ("ours", "views", "ours, functional"):
+            step_in_ddp(ddp, optimizer)
+        elif way in ("torch's", "torch's, functional"):
+            state = hooks._OptimizerHookState(optimizer)
+            ddp.register_comm_hook(None, hooks._hook_then_optimizer(allreduce_hook, state))
+        found = train(ddp, optimizer, gamma, is_overlapped=way != "step")
+        assert_equal(found, train_alone(name, gamma=gamma))
 
 
-def train_with_two_optimizers() -> list[Tensor]:
+def ddp_overlap_leaves_others_parameters_alone_and_waits_for_summed_gradients() -> None:
     model = make_model()
     ddp = DistributedDataParallel(model)
     step_in_ddp(ddp, _FunctionalAdam(model[0].parameters(), **OPTIONS))
@@ -153,20 +135,12 @@ def train_with_two_optimizers() -> list[Tensor]:
         loss_of(ddp, step, dist.get_rank()).mul(0.75).backward()
         optimizer.step()
         model.zero_grad()
-    return values(model.parameters())
+    assert_close(values(model), train_alone("Adam"))
 
 
-def test_ddp_overlap_leaves_others_parameters_alone_and_waits_for_summed_gradients(workers: Workers) -> None:
-    expected = train_alone("Adam")
-    for params in workers.run(RANKS, train_with_two_optimizers):
-        assert_close(params, expected)
-
-
-def step_by_a_hook_that_returns_another_tensor(way: str) -> None:
-    states: list[str] = []
-
+def ddp_overlap_steps_by_what_the_hook_returns_and_an_error_reaches_backward() -> None:
     def double(state: str, bucket: Any) -> Any:
-        states.append(state)
+        assert state == "the state"
         future = torch.futures.Future()
         future.set_result([bucket.buffer() * 2])
         return future
@@ -174,238 +148,171 @@ def step_by_a_hook_that_returns_another_tensor(way: str) -> None:
     model, plain = make_model(), make_model()
     ddp = DistributedDataParallel(model)
     optimizer = _FunctionalAdam(model.parameters(), **OPTIONS)
-    if way == "hook_then_step":
-        ddp.register_comm_hook("the state", hook_then_step(double, optimizer))
-    else:
-        step_in_ddp(ddp, optimizer, hook=double, state="the state")
+    step_in_ddp(ddp, optimizer, hook=double, state="the state")
     loss_of(ddp, 0, 0).backward()
     loss_of(plain, 0, 0).mul(2).backward()
-    assert states == ["the state"]
     assert_equal([param.grad for param in model.parameters()], [param.grad for param in plain.parameters()])
     torch.optim.Adam(plain.parameters(), **OPTIONS, foreach=False).step()
-    assert_equal(values(model.parameters()), values(plain.parameters()))
-
-
-@pytest.mark.parametrize("way", ["hook_then_step", "step_in_ddp"])
-def test_ddp_overlap_steps_by_what_the_hook_returns(workers: Workers, way: str) -> None:
-    workers.run(1, step_by_a_hook_that_returns_another_tensor, way)
-
-
-def fail_in_the_hook() -> None:
-    model = make_model()
-    ddp = DistributedDataParallel(model)
-    optimizer = _FunctionalAdam(model.parameters())
-    step_in_ddp(ddp, optimizer)
+    assert_equal(values(model), values(plain))
     optimizer.param_group["lr"] = -1.0
-    before = values(model.parameters())
     with pytest.raises(Exception, match=r"Invalid learning rate: -1\.0"):
         loss_of(ddp, 0, 0).backward()
-    assert_equal(values(model.parameters()), before)
+    assert_equal(values(model), values(plain))
 
 
-def test_an_error_of_the_update_reaches_the_caller_of_backward(workers: Workers) -> None:
-    workers.run(RANKS, fail_in_the_hook)
-
-
-# ZeroRedundancyOptimizer.
-
-
-def train_in_zero(name: str, gamma: float) -> list[Tensor]:
-    model = make_model()
-    ddp = DistributedDataParallel(model)
+def zero_shards_are_what_one_process_computes() -> None:
     make_zero = torchs_optim().ZeroRedundancyOptimizer
-    zero = make_zero(model.parameters(), ADAPTERS[name], **OPTIONS)
-    scheduler = ExponentialLR(zero, gamma)
-    for step in range(STEPS):
-        if step == 2:  # through a checkpoint
-            zero.consolidate_state_dict(to=0)
-            box = [zero.state_dict() if dist.get_rank() == 0 else None]
-            dist.broadcast_object_list(box, src=0)
-            zero = make_zero(model.parameters(), ADAPTERS[name], **OPTIONS)
-            zero.load_state_dict(box[0])
-            scheduler.optimizer = zero
-        loss_of(ddp, step, dist.get_rank()).backward()
-        zero.step()
-        zero.zero_grad()
-        scheduler.step()
-    return values(model.parameters())
+    for name, gamma in RUNS:
+        model = make_model()
+        ddp = DistributedDataParallel(model)
+        zero = make_zero(model.parameters(), ADAPTERS[name], **OPTIONS)
+        scheduler = ExponentialLR(zero, gamma)
+        for step in range(STEPS):
+            if step == 2:  # through a checkpoint
+                zero.consolidate_state_dict(to=0)
+                box = [zero.state_dict() if dist.get_rank() == 0 else None]
+                dist.broadcast_object_list(box, src=0)
+                zero = make_zero(model.parameters(), ADAPTERS[name], **OPTIONS)
+                zero.load_state_dict(box[0])
+                scheduler.optimizer = zero
+            loss_of(ddp, step, dist.get_rank()).backward()
+            zero.step()
+            zero.zero_grad()
+            scheduler.step()
+        assert_equal(values(model), train_alone(name, gamma=gamma))
 
 
-@each_run
-def test_zero_shards_are_what_one_process_computes(workers: Workers, name: str, gamma: float) -> None:
-    expected = train_alone(name, gamma=gamma)
-    for params in workers.run(RANKS, train_in_zero, name, gamma):
-        assert_equal(params, expected)
-
-
-# The first steps under overlap only find out about the buckets; then the learning rate starts anew.
-IDLE = 2
-
-
-def train_in_overlapping_zero(optimizer_class: Any, gamma: float, shard_buckets: bool) -> list[Tensor]:
-    model = make_model()
-    ddp = DistributedDataParallel(model, bucket_cap_mb=4e-4)
+def zero_with_overlap_is_what_one_process_computes_but_torchs_class_ignores_the_scheduler() -> None:
     make_zero = torchs_optim().ZeroRedundancyOptimizer
     from torch.distributed.algorithms.ddp_comm_hooks import ddp_zero_hook
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     warnings.filterwarnings("ignore", message=".TorchScript. support", category=DeprecationWarning)
-    register()
-    zero = make_zero(model.parameters(), optimizer_class, overlap_with_ddp=True, **OPTIONS)
-    unregister()
-    # torch refuses gloo, which may hang with buckets out of order; those of this hook are in order.
-    with mock.patch.object(dist, "get_backend", return_value="nccl"):
-        hook = ddp_zero_hook.hook_with_zero_step(allreduce_hook, ddp, zero, shard_buckets=shard_buckets)
-    ddp.register_comm_hook(None, hook)
-    zero._opt_called = True  # lr_scheduler warns without a call of `step`, which does nothing here
-    return train(ddp, zero, gamma, steps=STEPS + IDLE, is_overlapped=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "gamma", "shard_buckets"), [("Adam", 1.0, False), ("AdamW", 0.5, False), ("Adam", 0.5, True)]
-)
-def test_zero_with_overlap_is_what_one_process_computes(
-    workers: Workers, name: str, gamma: float, shard_buckets: bool
-) -> None:
-    expected = train_alone(name, gamma=gamma, steps=range(IDLE, STEPS + IDLE))
-    for params in workers.run(RANKS, train_in_overlapping_zero, ADAPTERS[name], gamma, shard_buckets):
-        assert_equal(params, expected)
-
-
-def test_under_zero_overlap_torchs_class_ignores_the_scheduler(workers: Workers) -> None:
-    constant = train_alone("Adam", steps=range(IDLE, STEPS + IDLE))
-    for params in workers.run(RANKS, train_in_overlapping_zero, torch.optim.Adam, 0.5, False):
-        assert_equal(params, constant)
-
-
-# Wrappers and shards.
+    idle = 2  # steps that only find out about the buckets; then the learning rate starts anew
+    for name, make, gamma, effect, shard_buckets in (
+        ("Adam", _FunctionalAdam, 1.0, 1.0, False),
+        ("AdamW", _FunctionalAdamW, 0.5, 0.5, False),
+        ("Adam", _FunctionalAdam, 0.5, 0.5, True),
+        ("Adam", torch.optim.Adam, 0.5, 1.0, False),
+    ):
+        model = make_model()
+        ddp = DistributedDataParallel(model, bucket_cap_mb=4e-4)
+        register()
+        zero = make_zero(model.parameters(), make, overlap_with_ddp=True, **OPTIONS)
+        unregister()
+        # torch refuses gloo, which may hang with buckets out of order; those of this hook are in order.
+        with mock.patch.object(dist, "get_backend", return_value="nccl"):
+            hook = ddp_zero_hook.hook_with_zero_step(allreduce_hook, ddp, zero, shard_buckets=shard_buckets)
+        ddp.register_comm_hook(None, hook)
+        zero._opt_called = True  # lr_scheduler warns without a call of `step`, which does nothing here
+        found = train(ddp, zero, gamma, steps=STEPS + idle, is_overlapped=True)
+        assert_equal(found, train_alone(name, gamma=effect, steps=range(idle, STEPS + idle)))
 
 
 def train_wrapped(wrapper: str, make: Any) -> tuple[list[Tensor], dict[Any, Any]]:
     """The parameters and the state, as far as this process has them."""
     optim, model = torchs_optim(), make_model()
-    options = {**OPTIONS, "foreach": True}
-    if wrapper == "PostLocalSGDOptimizer":
-        from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-
-        averager = PeriodicModelAverager(period=2, warmup_steps=1)
-        optimizer = optim.PostLocalSGDOptimizer(make(model.parameters(), **options), averager)
-    elif wrapper == "_NamedOptimizer":
-        optimizer = optim._NamedOptimizer(model.named_parameters(), make, None, None, **options)
+    if wrapper == "FSDP2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    if wrapper == "_NamedOptimizer":
+        optimizer = optim._NamedOptimizer(model.named_parameters(), make, None, None, foreach=True, **OPTIONS)
         optimizer.init_state()
     else:
-        model = fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
-        optimizer = make(model.parameters(), **options)
+        optimizer = make(model.parameters(), foreach=True, **OPTIONS)
+    if wrapper == "PostLocalSGDOptimizer":
+        optimizer = optim.PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(period=2, warmup_steps=1))
     for step in range(STEPS):
         loss_of(model, step, dist.get_rank()).backward()
         optimizer.step()
         model.zero_grad()
         if step == 2:
             optimizer.load_state_dict(optimizer.state_dict())
-    found = [param.detach() for param in model.parameters()], optimizer.state_dict()["state"]
+    found = values(model), optimizer.state_dict()["state"]
     return tree_map(lambda x: x.to_local() if isinstance(x, DTensor) else x, found)
 
 
-@each_name
-@pytest.mark.parametrize("wrapper", ["PostLocalSGDOptimizer", "_NamedOptimizer", "FSDP2"])
-def test_wrapped_and_sharded_adapters_are_torch_optim_there(workers: Workers, wrapper: str, name: str) -> None:
-    ours, theirs = (workers.run(RANKS, train_wrapped, wrapper, make[name]) for make in (ADAPTERS, OPTIMIZERS))
-    assert_equal(ours, theirs)
-    assert ("0.weight" in ours[0][1]) == (wrapper == "_NamedOptimizer")
+def wrapped_and_sharded_adapters_are_torch_optim_there() -> None:
+    for wrapper, name in product(("PostLocalSGDOptimizer", "_NamedOptimizer", "FSDP2"), OPTIMIZERS):
+        ours, theirs = (train_wrapped(wrapper, make[name]) for make in (ADAPTERS, OPTIMIZERS))
+        assert_equal(ours, theirs)
+        assert ("0.weight" in ours[1]) == (wrapper == "_NamedOptimizer")
 
 
-# RPC.
+def references_to_params(model: Any) -> list[Any]:
+    return [rpc.RRef(param) for param in model.local_value().parameters()]
 
 
-def make_half() -> nn.Sequential:
-    return make_model()[2:]
-
-
-def params_of(half: Any) -> tuple[list[Any], list[Tensor]]:
-    """On the owner of `half`: references to its parameters, and their values."""
-    from torch.distributed import rpc
-
-    params = list(half.local_value().parameters())
-    return [rpc.RRef(param) for param in params], values(params)
-
-
-def train_by_rpc() -> dict[tuple[str, str], list[Tensor]]:
-    """The parameters by adapter and what was called before it, all in one session."""
-    from torch.distributed import autograd, rpc
-
+def rpc_optimizer_is_what_one_process_computes() -> None:
     rank = dist.get_rank()
     torchs_optim()  # before rank 0 makes rank 1 import it, with torch's warnings
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=RANKS)
-    results: dict[tuple[str, str], list[Tensor]] = {}
-    for name in OPTIMIZERS if rank == 0 else ():
-        for change in (unregister, register):
-            change()
-            half = make_model()[:2]
-            other = rpc.remote("worker1", make_half)
-            others_params, _ = rpc.rpc_sync("worker1", params_of, (other,))
-            rrefs = [*map(rpc.RRef, half.parameters()), *others_params]
-            optimizer = distributed_optimizer(ADAPTERS[name], rrefs, **OPTIONS)
-            for step in range(STEPS):
-                with autograd.context() as context:
-                    loss = loss_of(lambda x, half=half, other=other: other.rpc_sync().forward(half(x)), step, 0)
-                    autograd.backward(context, [loss])
-                    optimizer.step(context)
-            _, others_values = rpc.rpc_sync("worker1", params_of, (other,))
-            results[name, change.__name__] = values(half.parameters()) + others_values
+    for name, change in product(OPTIMIZERS, (unregister, register)) if rank == 0 else ():
+        change()
+        model = rpc.remote("worker1", make_model)
+        params = rpc.rpc_sync("worker1", references_to_params, (model,))
+        optimizer = distributed_optimizer(ADAPTERS[name], params, **OPTIONS)
+        for step in range(STEPS):
+            with autograd.context() as context:
+                autograd.backward(context, [loss_of(model.rpc_sync().forward, step, 0)])
+                optimizer.step(context)
+        assert_equal(values(model.to_here()), train_alone(name, ranks=1))
     rpc.shutdown()
-    unregister()
-    return results
 
 
-def test_rpc_optimizer_is_what_one_process_computes(workers: Workers) -> None:
-    results, _ = workers.run(RANKS, train_by_rpc)
-    workers.close()  # processes start RPC but once
-    assert len(results) == 4
-    for (name, _), params in results.items():
-        assert_equal(params, train_alone(name, ranks=1))
+@pytest.mark.parametrize(
+    "claim",
+    [
+        a_step_follows_backward_or_overlaps_with_it,
+        ddp_overlap_leaves_others_parameters_alone_and_waits_for_summed_gradients,
+        ddp_overlap_steps_by_what_the_hook_returns_and_an_error_reaches_backward,
+        zero_shards_are_what_one_process_computes,
+        zero_with_overlap_is_what_one_process_computes_but_torchs_class_ignores_the_scheduler,
+        wrapped_and_sharded_adapters_are_torch_optim_there,
+        rpc_optimizer_is_what_one_process_computes,
+    ],
+    ids=lambda claim: claim.__name__,
+)
+def test_in_each_of_two_processes(claim: Callable[[], None]) -> None:
+    with Workers() as workers:  # new ones, since processes start RPC but once
+        workers.run(RANKS, claim)
 
 
 # Steps in backward.
 
 
-@each_run
-def test_steps_in_backward_are_a_step_afterwards(name: str, gamma: float) -> None:
-    model = make_model()
-    optimizer = ADAPTERS[name](model.parameters(), **OPTIONS)
+@pytest.mark.parametrize(("name", "gamma"), RUNS)
+def test_steps_in_backward_are_a_step_afterwards_and_frozen_parameters_stand(name: str, gamma: float) -> None:
+    model, frozen = make_model(), torch.ones(2)
+    optimizer = ADAPTERS[name]([*model.parameters(), frozen], **OPTIONS)
     scheduler = ExponentialLR(optimizer, gamma)
     with step_in_backward(optimizer):
         for step in range(STEPS):
             loss_of(model, step, 0).backward()
             assert all(param.grad is None for param in model.parameters())
             scheduler.step()
-    after = values(model.parameters())
+    after = values(model)
     assert_equal(after, train_alone(name, gamma=gamma, ranks=1))
     loss_of(model, 0, 0).backward()
-    assert_equal(values(model.parameters()), after)
+    assert_equal(values(model), after)
     assert all(param.grad is not None for param in model.parameters())
-
-
-def most_gradients_alive(model: nn.Module) -> int:
-    """The largest number of gradients that exist together during a backward pass."""
-    params = list(model.parameters())
-    counts: list[int] = []
-
-    def count(_: Tensor) -> None:
-        counts.append(sum(param.grad is not None for param in params))
-
-    handles = [param.register_post_accumulate_grad_hook(count) for param in params]
-    loss_of(model, 0, 0).backward()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad()
-    return max(counts)
+    assert frozen not in optimizer.state
 
 
 def test_steps_in_backward_keep_the_gradients_of_one_layer_at_most() -> None:
     model = make_model()
-    assert most_gradients_alive(model) == 6
+    counts: list[int] = []
+
+    def count(_: Tensor) -> None:
+        counts.append(sum(param.grad is not None for param in model.parameters()))
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(count)
+    loss_of(model, 0, 0).backward()
+    assert max(counts) == 6
+    counts.clear()
+    model.zero_grad()
     with step_in_backward(_FunctionalAdam(model.parameters())):
-        assert most_gradients_alive(model) <= 1
+        loss_of(model, 0, 0).backward()
+    assert max(counts) == 1
 
 
 def test_torchs_own_step_in_backward_takes_the_adapter() -> None:
@@ -413,18 +320,7 @@ def test_torchs_own_step_in_backward_takes_the_adapter() -> None:
     torchs_optim()._apply_optimizer_in_backward(_FunctionalAdam, model.parameters(), OPTIONS)
     for step in range(STEPS):
         loss_of(model, step, 0).backward()
-    assert_equal(values(model.parameters()), train_alone("Adam", ranks=1))
-
-
-def test_steps_in_backward_leave_frozen_parameters_alone() -> None:
-    model = make_model()
-    model[0].requires_grad_(False)
-    before = values(model[0].parameters())
-    optimizer = _FunctionalAdam(model.parameters())
-    with step_in_backward(optimizer):
-        loss_of(model, 0, 0).backward()
-    assert_equal(values(model[0].parameters()), before)
-    assert len(optimizer.state) == 4
+    assert_equal(values(model), train_alone("Adam", ranks=1))
 
 
 # Registration and errors.
@@ -433,40 +329,31 @@ def test_steps_in_backward_leave_frozen_parameters_alone() -> None:
 def test_registration_is_idempotent_and_reversible_and_keeps_what_was_there() -> None:
     table = torchs_optim().utils.functional_optim_map
     before = dict(table)
-    register()
-    register()
-    assert table == {**before, _FunctionalAdam: _FunctionalAdam, _FunctionalAdamW: _FunctionalAdamW}
-    unregister()
-    unregister()
-    assert table == before
+    for change, added in ((register, {x: x for x in ADAPTERS.values()}), (unregister, {})):
+        for _ in range(2):
+            change()
+            assert table == {**before, **added}
 
 
-@pytest.mark.parametrize(
-    ("call", "module", "match"),
-    [
+def test_what_this_torch_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function, module, match in (
         (
-            lambda: distributed_optimizer(_FunctionalAdam, []),
+            partial(distributed_optimizer, _FunctionalAdam, []),
             None,
             r"no torch\.distributed\.optim \(import of .*halted",
         ),
-        (lambda: distributed_optimizer(_FunctionalAdam, []), SimpleNamespace(), "built without RPC"),
+        (partial(distributed_optimizer, _FunctionalAdam, []), SimpleNamespace(), "built without RPC"),
         (register, SimpleNamespace(), r"no torch\.distributed\.optim\.utils\.functional_optim_map"),
-    ],
-)
-def test_what_this_torch_lacks_is_said(
-    call: Callable[[], Any], module: Any, match: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.distributed.optim", module)
-    with pytest.raises(RuntimeError, match=match):
-        call()
+    ):
+        monkeypatch.setitem(sys.modules, "torch.distributed.optim", module)
+        with pytest.raises(RuntimeError, match=match):
+            function()
 
 
-def test_steps_in_backward_of_nothing_are_refused() -> None:
+def test_optimizers_without_parameters_or_of_another_class_are_refused() -> None:
     with pytest.raises(ValueError, match="no parameters that require grad"):
         step_in_backward(_FunctionalAdam([torch.ones(2)]))
-
-
-def test_a_hook_refuses_another_optimizer() -> None:
     other: Any = torch.optim.Adam([torch.ones(2, requires_grad=True)])
-    with pytest.raises(TypeError, match=r"^optimizer is of type Adam, expected a _FunctionalAdam"):
-        hook_then_step(mock.Mock(), other)
+    for refused in (step_in_backward, partial(hook_then_step, mock.Mock())):
+        with pytest.raises(TypeError, match=r"^optimizer is of type Adam\. Expected a _FunctionalAdam"):
+            refused(other)

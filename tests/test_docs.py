@@ -51,15 +51,11 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
     ]
 
 
-def commands_only(block: str) -> str:
-    """What follows a prompt, if there is one; else everything."""
-    prompted = re.findall(r"^\$ ((?:.*\\\n)*.*)", block, flags=re.MULTILINE)
-    return "\n".join(prompted) if prompted else block
-
-
 def commands_of(page: Path) -> Iterator[list[str]]:
     """The words of each command, in blocks and within a line."""
-    texts = [commands_only(text) for language, text in blocks_of(page) if language in COMMANDS]
+    texts = [text for language, text in blocks_of(page) if language in COMMANDS]
+    # What follows a prompt, if there is one; else everything.
+    texts = ["\n".join(re.findall(r"^\$ ((?:.*\\\n)*.*)", x, flags=re.MULTILINE)) or x for x in texts]
     inline = [token.content for token in tokens_of(page.read_text()) if token.type == "code_inline"]
     texts += [text for text in inline if text.startswith("python ")]
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
@@ -109,25 +105,22 @@ def links_of(text: str) -> list[str]:
     return [str(target) for target in targets if target and not re.match(r"\w+:", str(target))]
 
 
+def test_docstring_examples_run_and_every_public_name_has_one():
+    for name in MODULES:
+        module = importlib.import_module(name)
+        assert doctest.testmod(module, extraglobs=dict(vars(functional_adam), torch=torch)).failed == 0, name
+    finder = doctest.DocTestFinder(recurse=False)
+    for name in functional_adam.__all__:
+        found = finder.find(getattr(functional_adam, name), name)
+        assert any(test.examples for test in found), f"{name} has no example"
+
+
 @pytest.fixture
 def torn_down() -> Iterator[None]:
     """No process group outlives a page that failed half-way."""
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_run(name: str):
-    module = importlib.import_module(name)
-    assert doctest.testmod(module, extraglobs=dict(vars(functional_adam), torch=torch)).failed == 0
-
-
-@pytest.mark.parametrize("name", functional_adam.__all__)
-def test_public_docstrings_have_an_example(name: str):
-    finder = doctest.DocTestFinder(recurse=False)
-    public = getattr(functional_adam, name)
-    assert any(test.examples for test in finder.find(public, name)), f"{name} has no example"
 
 
 @each_page(PAGES)
@@ -147,44 +140,26 @@ def test_python_blocks_run_and_print_what_follows(page: Path, capsys: pytest.Cap
 
 
 @each_page(TEXTS)
-def test_no_block_escapes(page: Path):
-    # Text is what nothing of ours could run: code of another library, output.
+def test_commands_can_be_run_and_links_lead_somewhere(page: Path):
+    # No block escapes: text is what nothing of ours could run, code of another library or output.
     assert {language for language, _ in blocks_of(page)} <= {"python", "text"} | COMMANDS | DIRECTIVES
-
-
-@each_page(TEXTS)
-def test_commands_can_be_run(page: Path):
     for words in commands_of(page):
         check_command(words)
-
-
-@each_page(TEXTS)
-def test_links_lead_somewhere(page: Path):
     for link in links_of(page.read_text()):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), link
         assert target.resolve().is_relative_to(ROOT), link
         assert not anchor or anchor in anchors_of(target), link
+    if page in PAGES:
+        assert [x for x in page.read_text().splitlines() if len(x) > 120 and not x.startswith("| ")] == []
 
 
 def test_readme_links_lead_somewhere_in_the_site():
     # The first page of the site is the README up to that heading, and takes only what lies under docs/.
     assert '{include} ../README.md\n:end-before: "## Documentation"\n' in (DOCS / "index.md").read_text()
     shown, _ = (ROOT / "README.md").read_text().split("\n## Documentation\n")
-    for link in links_of(shown):
-        assert link.startswith(("docs/", "#")), link
-
-
-@each_page(PAGES)
-def test_lines_of_text_are_short(page: Path):
-    for line in page.read_text().splitlines():
-        assert len(line) <= 120 or line.startswith("| "), line
-
-
-def test_readme_has_its_example():
-    first = next(text for language, text in blocks_of(ROOT / "README.md") if language == "python")
-    assert 8 <= len(first.strip().splitlines()) <= 16
+    assert [link for link in links_of(shown) if not link.startswith(("docs/", "#"))] == []
 
 
 def public_names_of(module_name: str) -> set[str]:

@@ -1,10 +1,12 @@
 """Trees of DTensors: sharded updates, training with FSDP2, and checkpoints, against the run without sharding."""
 
+import math
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,27 +21,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.functional import cross_entropy
 
 from functional_adam import AdamHparams, adam_init, adam_update, explain
 from tests.builders import assert_unchanged, snapshot
 from tests.oracles import KERNELS, TORCH_FLAGS
 from tests.processes import WorkerDiedError, Workers
+from tests.test_distributed import loss_of, make_model
 from tests.tolerances import assert_close, assert_equal, assert_within_roundings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from fsdp2_checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-
-every_kernel = pytest.mark.parametrize("kernel", KERNELS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The plain runs add up in the order of the workers, which have one thread each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +72,11 @@ def place(tree: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     placed = dict(tree)
     for name, (_, *by_dims) in LEAVES.items():
         placements = by_dims[mesh.ndim - 1]
-        if placements is not None:
+        if placements == [Shard(1)]:
+            placed[name] = DTensor.from_local(tree[name].chunk(mesh.size(), 1)[mesh.get_local_rank()], mesh, placements)
+            assert not placed[name].to_local().is_contiguous()
+        elif placements is not None:
             placed[name] = distribute_tensor(tree[name], mesh, placements)
-            if placements == [Shard(1)]:
-                width = tree[name].shape[1] // mesh.size()
-                local = tree[name][:, mesh.get_local_rank() * width :][:, :width]
-                assert not local.is_contiguous()
-                placed[name] = DTensor.from_local(local, mesh, placements)
     return placed
 
 
@@ -105,79 +94,74 @@ def updates(params: Any, all_grads: list[Any], options: dict[str, Any], kernel: 
     state = adam_init(params, hparams)
     extras: list[dict[str, Any]] = [{}, {"found_inf": torch.tensor(1.0)}, {"grad_scale": torch.tensor(4.0)}]
     for grads, extra in zip(all_grads, extras, strict=True):
-        given, local_grads = local((params, state._replace(step=()))), local(grads)
-        before, grads_before = snapshot(given), snapshot(local_grads)
+        given, read = local((params, state[1:])), local(grads)
+        before, read_before = snapshot(given), snapshot(read)
         params, state = adam_update(params, grads, state, hparams, kernel=kernel, donate=donate, **extra)
-        assert_unchanged(local_grads, grads_before)
+        assert_unchanged(read, read_before)
         if donate:
-            new = local((params, state._replace(step=())))
-            assert [x[0] for x in snapshot(new)] == [x[0] for x in before]  # at the same places
+            places = [x[0] for x in snapshot(local((params, state[1:])))]
+            assert places == [x[0] for x in before]
         else:
             assert_unchanged(given, before)
     return params, state
 
 
-def compare_with_unsharded(mesh_shape: tuple[int, ...], kernel: str) -> None:
+def kind_of(x: Tensor) -> str:
+    return f"{type(x)} {x.shape} {(x.placements, x.device_mesh) if isinstance(x, DTensor) else None}"
+
+
+def compare_with_unsharded(mesh_shape: tuple[int, ...]) -> None:
     mesh = init_device_mesh("cpu", mesh_shape)
-    for options, donate in product(OPTIONS, (False, True)):
-        params, *all_grads = (place(full_tree(seed), mesh) for seed in range(4))
+    full_grads = [full_tree(seed) for seed in range(1, 4)]
+    all_grads = [place(grads, mesh) for grads in full_grads]
+    kinds = optree.tree_map(kind_of, all_grads[0])
+    for kernel, options, donate in product(KERNELS, OPTIONS, (False, True)):
+        params = place(full_tree(0), mesh)
         new = updates(params, all_grads, options, kernel, donate)
-        for tree in (new[0], *(x for x in new[1][1:] if x)):
-            for name, x in tree.items():
-                assert type(x) is type(params[name])
-                if isinstance(x, DTensor):
-                    assert x.placements == params[name].placements
-                    assert x.device_mesh == mesh
-                    assert x.shape == params[name].shape
+        for tree in (new[0], *filter(None, new[1][1:])):
+            assert optree.tree_map(kind_of, tree) == kinds
         assert type(new[1].step) is Tensor
-        params, *all_grads = map(full_tree, range(4))
-        expected = updates(params, all_grads, options, kernel, donate)
+        expected = updates(full_tree(0), full_grads, options, kernel, donate)
         assert expected[1].step == 2
         # The vector body and the scalar tail of fused round differently, and shards have other tails.
         (assert_close if kernel == "fused" else assert_equal)(full(new), expected)
 
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (3,), (2, 2)], ids=str)
-@every_kernel
-def test_sharded_update_is_the_unsharded_one(workers: Workers, mesh_shape: tuple[int, ...], kernel: str):
-    workers.run(torch.Size(mesh_shape).numel(), compare_with_unsharded, mesh_shape, kernel)
+def test_sharded_update_is_the_unsharded_one(workers: Workers, mesh_shape: tuple[int, ...]):
+    workers.run(math.prod(mesh_shape), compare_with_unsharded, mesh_shape)
 
 
 # What each of two processes finds. A function that raises there fails the test.
 
 RATE = AdamHparams(lr=0.1)
-PLACEMENTS = ([Shard(0)], [Shard(1)], [Replicate()])
 
 
-def gradient_from(placements: list[Any], full: Tensor, mesh: DeviceMesh) -> Tensor:
-    if isinstance(placements[0], Partial):  # shares that sum up exactly
-        return DTensor.from_local(full * (0.25 if mesh.get_local_rank() else 0.75), mesh, placements)
-    return distribute_tensor(full, mesh, placements)
+def in_rows(x: Tensor) -> DTensor:
+    return distribute_tensor(x, init_device_mesh("cpu", (2,)), [Shard(0)])
 
 
 def gradients_are_brought_to_the_placements_of_their_parameters() -> None:
     mesh = init_device_mesh("cpu", (2,))
-    torch.manual_seed(0)
-    param, grad = torch.randn(5, 3), torch.randn(5, 3)
-    for kernel, placements, grad_placements in product(KERNELS, PLACEMENTS, (*PLACEMENTS, [Partial()])):
-        expected = adam_update({"w": param}, {"w": grad}, adam_init({"w": param}, RATE), RATE, kernel=kernel)
-        params = {"w": distribute_tensor(param, mesh, placements)}
-        grads = {"w": gradient_from(grad_placements, grad, mesh)}
-        given = local(grads)
-        before = snapshot(given)
-        new = adam_update(params, grads, adam_init(params, RATE), RATE, kernel=kernel)
-        assert_unchanged(given, before)
-        assert [x.placements for x in optree.tree_leaves(new) if isinstance(x, DTensor)] == [tuple(placements)] * 3
+    param, grad = (torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    share = grad * (0.25 if mesh.get_local_rank() else 0.75)  # they sum up exactly
+    placements = ([Shard(0)], [Shard(1)], [Replicate()])
+    all_grads = [DTensor.from_local(share, mesh, [Partial()]), *(distribute_tensor(grad, mesh, x) for x in placements)]
+    for kernel, placed, given in product(KERNELS, placements, all_grads):
+        params, before = distribute_tensor(param, mesh, placed), snapshot(local(given))
+        new = adam_update(params, given, adam_init(params, RATE), RATE, kernel=kernel)
+        assert_unchanged(local(given), before)
+        assert [x.placements for x in (new[0], *new[1][1:3])] == [tuple(placed)] * 3
+        expected = adam_update(param, grad, adam_init(param, RATE), RATE, kernel=kernel)
         assert_within_roundings(full(new), expected, 2)
 
 
 def found_inf_and_grad_scale_may_be_dtensors() -> None:
     """Under one rank only: an infinity that is a sum still to be made, and a scale that is a norm of shards."""
-    mesh = init_device_mesh("cpu", (2,))
     plain = {"w": torch.arange(6.0), "plain": torch.ones(2)}
-    params = {**plain, "w": distribute_tensor(plain["w"], mesh, [Shard(0)])}
+    params = {**plain, "w": in_rows(plain["w"])}
     state = adam_init(params, RATE)
-    flag = DTensor.from_local(torch.tensor(float(dist.get_rank())), mesh, [Partial()])
+    flag = DTensor.from_local(torch.tensor(float(dist.get_rank())), params["w"].device_mesh, [Partial()])
     skipped = adam_update(params, params, state, RATE, found_inf=flag)
     norm = nn.utils.get_total_norm([params["w"]])
     assert isinstance(norm, DTensor)
@@ -187,24 +171,17 @@ def found_inf_and_grad_scale_may_be_dtensors() -> None:
     assert_close(full(scaled), adam_update(plain, plain, adam_init(plain, RATE), RATE, grad_scale=55**0.5))
 
 
-def an_explanation_is_of_this_process_and_names_the_gradients_that_travel() -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    params = {name: distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]) for name in ("a", "b")}
-    grads = {"a": params["a"], "b": distribute_tensor(torch.ones(4, 3), mesh, [Replicate()])}
-    found = explain(params, grads, adam_init(params, RATE), RATE)
-    assert found.groups[0].element_count == 12
-    assert found.new_memory[0].nbytes == 48
+def a_leaf_may_have_no_gradient_and_an_explanation_is_of_this_process_and_names_what_travels() -> None:
+    params = {name: in_rows(torch.ones(4, 3)) for name in ("a", "b", "stands")}
+    grads = {"a": params["a"], "b": params["b"].redistribute(placements=[Replicate()]), "stands": None}
+    state = adam_init(params, RATE, per_leaf_step=True)
+    found = explain(params, grads, state, RATE)
+    assert (found.groups[0].element_count, found.new_memory[0].nbytes) == (12, 72)
     copies = [tuple(x) for x in found.new_memory if "result" not in x.why]
     assert copies == [(["grads['b']"], 24, "is redistributed to the placements of its parameter")]
-
-
-def a_leaf_without_gradient_stands_still() -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    params = {name: distribute_tensor(torch.ones(3), mesh, [Shard(0)]) for name in ("moves", "stands")}
-    state = adam_init(params, RATE, per_leaf_step=True)
-    new, state = full(adam_update(params, {"moves": params["moves"], "stands": None}, state, RATE))
-    assert_close(new, {"moves": torch.full((3,), 0.9), "stands": torch.ones(3)})
-    assert state.step == {"moves": 1, "stands": 0}
+    new, state = full(adam_update(params, grads, state, RATE))
+    assert_close(new, {"a": torch.full((4, 3), 0.9), "b": torch.full((4, 3), 0.9), "stands": torch.ones(4, 3)})
+    assert state.step == {"a": 1, "b": 1, "stands": 0}
 
 
 def misfits_are_errors_that_name_the_leaf() -> None:
@@ -212,7 +189,7 @@ def misfits_are_errors_that_name_the_leaf() -> None:
     plain = torch.arange(6.0).view(3, 2)
     rows, columns = (distribute_tensor(plain, mesh, [Shard(dim)]) for dim in (0, 1))
     elsewhere = distribute_tensor(plain, other_mesh, [Replicate(), Shard(0)])
-    partial = DTensor.from_local(plain, mesh, [Partial()])
+    unsummed = DTensor.from_local(plain, mesh, [Partial()])
     own_rows = plain[:1] if dist.get_rank() == 0 else plain[1:]
     unequal = DTensor.from_local(own_rows, mesh, [Shard(0)], shape=(3, 2), stride=(2, 1))
 
@@ -220,27 +197,24 @@ def misfits_are_errors_that_name_the_leaf() -> None:
         state = adam_init({"w": moment}, RATE)
         return adam_update({"w": param}, {"w": grad}, state, AdamHparams(lr=lr), **options)
 
-    def refused(match: str, *leaves: Any, error: type[Exception] = ValueError, **options: Any) -> None:
+    def refused(error: type[Exception], match: str, *leaves: Any, **options: Any) -> None:
         with pytest.raises(error, match=match) as caught:
             update(*leaves, **options)
         assert caught.type is error
 
     grads, params, moment = r"grads\['w'\]", r"params\['w'\]", r"state\.exp_avg\['w'\]"
-    refused(f"{grads} is no DTensor, but {params} is a DTensor on ", rows, plain, rows)
-    refused(f"{grads} is a DTensor on .*, but {params} is no DTensor", plain, rows, plain)
-    refused(f"{moment} is no DTensor, but {params} is a DTensor", rows, rows, plain)
-    refused(rf"{grads} is on DeviceMesh\(.*, but {params} is on DeviceMesh", rows, elsewhere, rows)
-    refused(rf"{moment} is on DeviceMesh\(.*, but {params} is on DeviceMesh", rows, rows, elsewhere)
-    refused(f"{grads} has a local shard of shape .*, but {params} has", rows, unequal, rows)
-    refused(f"{moment} has a local shard of shape .*, but {params} has", rows, rows, unequal)
-    refused(rf"{moment} is placed as .*dim=1\).*, but {params} as .*Shard\(dim=0\)", rows, rows, columns)
-    refused(f"{params} is placed as .*Partial.*redistribute", partial, rows, partial)
-    refused(f"{params}: it shares memory with {grads}", rows, rows, rows, error=RuntimeError, donate=True)
+    refused(ValueError, f"{grads} is a DTensor on .*, but {params} is no DTensor", plain, rows, plain)
+    for name, leaves in ((grads, lambda x: (rows, x, rows)), (moment, lambda x: (rows, rows, x))):
+        refused(ValueError, f"{name} is no DTensor, but {params} is a DTensor on ", *leaves(plain))
+        refused(ValueError, rf"{name} is on DeviceMesh\(.*, but {params} is on DeviceMesh", *leaves(elsewhere))
+        refused(ValueError, f"{name} has a local shard of shape .*, but {params} has", *leaves(unequal))
+    refused(ValueError, rf"{moment} is placed as .*dim=1\).*, but {params} as .*Shard\(dim=0\)", rows, rows, columns)
+    refused(ValueError, f"{params} is placed as .*Partial.*redistribute", unsummed, rows, unsummed)
+    refused(RuntimeError, f"{params}: it shares memory with {grads}", rows, rows, rows, donate=True)
 
     watched = f"{params} is a DTensor, and the update is watched by"
-    refused(f"{watched} autograd .*torch.no_grad", rows.detach().requires_grad_(), rows, rows, error=RuntimeError)
-    watched_rate = torch.tensor(0.1, requires_grad=True)
-    refused(f"{watched} autograd", rows, rows, rows, error=RuntimeError, lr=watched_rate)
+    refused(RuntimeError, f"{watched} autograd .*torch.no_grad", rows.detach().requires_grad_(), rows, rows)
+    refused(RuntimeError, f"{watched} autograd", rows, rows, rows, lr=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(RuntimeError, match=f"{watched} a torch.func transform"):
         torch.func.vmap(lambda scale: update(rows, rows, rows, grad_scale=scale))(torch.ones(2))
 
@@ -250,9 +224,8 @@ def misfits_are_errors_that_name_the_leaf() -> None:
 
 
 def autograd_notices_that_a_saved_dtensor_was_donated() -> None:
-    mesh = init_device_mesh("cpu", (2,))
     for kernel in KERNELS:
-        param = distribute_tensor(torch.ones(4), mesh, [Shard(0)]).requires_grad_()
+        param = in_rows(torch.ones(4)).requires_grad_()
         loss = (param * param).sum()
         with torch.no_grad():
             adam_update(param, param.clone(), adam_init(param, RATE), RATE, kernel=kernel, donate=True)
@@ -261,16 +234,25 @@ def autograd_notices_that_a_saved_dtensor_was_donated() -> None:
 
 
 def a_compiled_update_is_the_eager_unsharded_one() -> None:
-    torch._dynamo.reset()
-    mesh = init_device_mesh("cpu", (2,))
-    plain = tuple({"w": x} for x in (torch.ones(4, 3), torch.arange(12.0).view(4, 3)))
-    params, grads = ({"w": distribute_tensor(tree["w"], mesh, [Shard(0)])} for tree in plain)
-    step = torch.compile(
-        lambda params, grads, state: adam_update(params, grads, state, RATE), fullgraph=True, backend="aot_eager"
-    )
-    new = step(params, grads, adam_init(params, RATE))
-    assert new[0]["w"].placements == new[1].exp_avg["w"].placements == (Shard(0),)
-    assert_close(full(new), adam_update(*plain, adam_init(plain[0], RATE), RATE))
+    plain, grads = torch.ones(4, 3), torch.arange(12.0).view(4, 3)
+    step = torch.compile(lambda *call: adam_update(*call, RATE), fullgraph=True, backend="aot_eager")
+    new = step(in_rows(plain), in_rows(grads), adam_init(in_rows(plain), RATE))
+    assert new[0].placements == new[1].exp_avg.placements == (Shard(0),)
+    assert_close(full(new), adam_update(plain, grads, adam_init(plain, RATE), RATE))
+
+
+def training_with_fully_shard_is_that_of_torch_optim_bit_for_bit() -> None:
+    for kernel in KERNELS:
+        losses, params, _ = train_sharded(kernel)
+        model = shard(make_model(), init_device_mesh("cpu", (2,)))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3, weight_decay=0.01, amsgrad=True, **TORCH_FLAGS[kernel])
+        for step in range(STEPS):
+            loss = loss_of(model, step, 0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert losses[step] == loss.item()
+        assert_equal(params, full({name: weight.detach() for name, weight in model.named_parameters()}))
 
 
 @pytest.mark.parametrize(
@@ -278,11 +260,11 @@ def a_compiled_update_is_the_eager_unsharded_one() -> None:
     [
         gradients_are_brought_to_the_placements_of_their_parameters,
         found_inf_and_grad_scale_may_be_dtensors,
-        an_explanation_is_of_this_process_and_names_the_gradients_that_travel,
-        a_leaf_without_gradient_stands_still,
+        a_leaf_may_have_no_gradient_and_an_explanation_is_of_this_process_and_names_what_travels,
         misfits_are_errors_that_name_the_leaf,
         autograd_notices_that_a_saved_dtensor_was_donated,
         a_compiled_update_is_the_eager_unsharded_one,
+        training_with_fully_shard_is_that_of_torch_optim_bit_for_bit,
     ],
     ids=lambda claim: claim.__name__,
 )
@@ -294,17 +276,6 @@ def test_in_each_of_two_processes(workers: Workers, claim: Callable[[], None]):
 
 HPARAMS = AdamHparams(lr=3e-3, weight_decay=0.01, amsgrad=True)
 STEPS = 8
-
-
-def make_model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 34), nn.ReLU(), nn.Linear(34, 10))
-
-
-def batch_loss(model: nn.Module, step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(step)
-    labels = torch.arange(16) % 10
-    return cross_entropy(model(torch.randn(16, 64, generator=generator) + 2 * torch.eye(10, 64)[labels]), labels)
 
 
 def shard(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequential:
@@ -320,144 +291,94 @@ def shard_tensor_parallel(model: nn.Sequential, mesh: DeviceMesh) -> nn.Sequenti
     return shard(model, mesh["data"])
 
 
-def train(
-    model: nn.Module,
-    kernel: Any,
-    *,
-    stop: int = STEPS,
-    folder: Path | None = None,
-    save_at: tuple[int, ...] = (),
-    before: Callable[[str, int], None] = lambda _, __: None,
-) -> tuple[dict[int, float], Any, Any]:
-    """Continue from the last checkpoint in `folder`. Returns the loss of each step, full parameters and state."""
-    params = {name: weight.detach() for name, weight in model.named_parameters()}
-    state = adam_init(params, HPARAMS)
-    found = latest_checkpoint(folder) if folder else None
-    if found:
-        load_checkpoint(found, params, state)
-    losses: dict[int, float] = {}
-    for step in range(int(state.step), stop):
-        loss = batch_loss(model, step)
-        loss.backward()
-        before("training", step)
-        grads = {name: weight.grad for name, weight in model.named_parameters()}
-        params, state = adam_update(params, grads, state, HPARAMS, kernel=kernel, donate=True)
-        model.zero_grad()
-        losses[step] = loss.item()
-        if folder and step + 1 in save_at:
-            before("saving", step)
-            save_checkpoint(folder, params, state)
-    return losses, full(params), tuple(full(state))
-
-
-def train_sharded(mesh_shape: tuple[int, ...], how: str, kernel: str) -> Any:
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("data", "tensor")[: len(mesh_shape)])
-    return train((shard_tensor_parallel if how == "tensor parallel" else shard)(make_model(), mesh), kernel)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    """The run without sharding, once for all tests: single and foreach are bit-equal."""
-    return train(make_model(), "single")
-
-
-@pytest.mark.parametrize(
-    ("mesh_shape", "kernel"), [((2,), "foreach"), ((2, 2), "single")], ids=["shards", "replicas of shards"]
-)
-def test_training_with_fully_shard_is_plain_training_bit_for_bit(
-    workers: Workers, plain: Any, mesh_shape: tuple[int, ...], kernel: str
-):
-    for losses, params, state in workers.run(torch.Size(mesh_shape).numel(), train_sharded, mesh_shape, "fsdp", kernel):
-        assert losses == plain[0]
-        assert_equal((params, state), plain[1:])
-
-
-@pytest.mark.parametrize(
-    ("mesh_shape", "how", "kernel"),
-    [((2,), "fsdp", "fused"), ((3,), "fsdp", "single"), ((2, 2), "tensor parallel", "single")],
-    ids=["fused", "three processes", "tensor parallel"],
-)
-def test_training_with_other_sums_is_plain_training_within_rounding(
-    workers: Workers, plain: Any, mesh_shape: tuple[int, ...], how: str, kernel: str
-):
-    for losses, params, _ in workers.run(torch.Size(mesh_shape).numel(), train_sharded, mesh_shape, how, kernel):
-        assert list(losses.values()) == pytest.approx(list(plain[0].values()), rel=2e-5)
-        # Where a gradient is near 0, Adam divides rounding by rounding: a fraction of a step.
-        for name, param in params.items():
-            torch.testing.assert_close(param, plain[1][name], rtol=0, atol=0.1 * float(HPARAMS.lr))
-
-
-def train_by_torch_too(kernel: str) -> None:
-    losses, params, _ = train_sharded((2,), "fsdp", kernel)
-    model = shard(make_model(), init_device_mesh("cpu", (2,)))
-    options = {"lr": 3e-3, "weight_decay": 0.01, "amsgrad": True}
-    optimizer = torch.optim.Adam(model.parameters(), **options, **TORCH_FLAGS[kernel])
-    for step in range(STEPS):
-        loss = batch_loss(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert losses[step] == loss.item()
-    assert_equal(params, full({name: weight.detach() for name, weight in model.named_parameters()}))
-
-
-@every_kernel
-def test_training_with_fully_shard_is_that_of_torch_optim_bit_for_bit(workers: Workers, kernel: str):
-    workers.run(2, train_by_torch_too, kernel)
-
-
-# Checkpoints.
-
-
 def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-CRASHES: dict[
-    str, tuple[tuple[str, int, int], Any, str]
-] = {  # moment and rank from which on a method kills its process
-    "training": (("training", 4, 1), nn.Module, "named_parameters"),
-    "writing shards": (("saving", 5, 1), dcp.FileSystemWriter, "write_data"),
-    "writing metadata": (("saving", 5, 0), dcp.FileSystemWriter, "finish"),
-    "renaming": (("saving", 5, 0), os, "replace"),
+# On how many processes the run continues, and the rank that dies, in which method, from which moment on.
+CRASHES: dict[str, tuple[int, int, tuple[Any, str], tuple[str, int]]] = {
+    "training": (1, 1, (nn.Module, "named_parameters"), ("training", 4)),
+    "writing shards": (2, 1, (dcp.FileSystemWriter, "write_data"), ("saving", 5)),
+    "writing metadata": (3, 0, (dcp.FileSystemWriter, "finish"), ("saving", 5)),
+    "renaming": (4, 0, (os, "replace"), ("saving", 5)),
 }
 
 
-def train_with_checkpoints(folder: Path, stop: int, save_at: tuple[int, ...], crash: str | None = None) -> Any:
-    def before(what: str, step: int) -> None:
-        if crash is not None:
-            moment, owner, name = CRASHES[crash]
-            if moment == (what, step, dist.get_rank()):
-                setattr(owner, name, die)
+def train(model: nn.Module, kernel: Any = "single", *, folder: Path | None = None, crash: str | None = None) -> Any:
+    """From the last checkpoint in `folder` on: the loss of each step, full parameters and state."""
 
-    model = shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),)))
-    return train(model, "single", stop=stop, folder=folder, save_at=save_at, before=before)
+    def may_die(*now: Any) -> None:
+        if crash and (dist.get_rank(), now) == (CRASHES[crash][1], CRASHES[crash][3]):
+            setattr(*CRASHES[crash][2], die)
+
+    params = {name: weight.detach() for name, weight in model.named_parameters()}
+    state = adam_init(params, HPARAMS)
+    if folder and (found := latest_checkpoint(folder)):
+        load_checkpoint(found, params, state)
+    losses: dict[int, float] = {}
+    for step in range(int(state.step), STEPS):
+        loss = loss_of(model, step, 0)
+        loss.backward()
+        may_die("training", step)
+        grads = {name: weight.grad for name, weight in model.named_parameters()}
+        params, state = adam_update(params, grads, state, HPARAMS, kernel=kernel, donate=True)
+        model.zero_grad()
+        losses[step] = loss.item()
+        if folder and step in (2, 5):
+            may_die("saving", step)
+            save_checkpoint(folder, params, state)
+    return losses, full(params), tuple(full(state))
 
 
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_checkpoint_of_two_processes_continues_on_others(workers: Workers, plain: Any, tmp_path: Path, count: int):
-    for losses, *_ in workers.run(2, train_with_checkpoints, tmp_path, 4, (2, 4)):
-        assert losses == {step: plain[0][step] for step in range(4)}
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000004"
-    for losses, params, state in workers.run(count, train_with_checkpoints, tmp_path, STEPS, ()):
-        assert list(losses) == [4, 5, 6, 7]
-        if count == 3:  # a third of a sum of three rounds
-            assert list(losses.values()) == pytest.approx([plain[0][step] for step in losses], rel=2e-5)
-        else:
-            assert losses == {step: plain[0][step] for step in losses}
-            assert_equal((params, state), plain[1:])
+def train_sharded(kernel: str = "single", **options: Any) -> Any:
+    return train(shard(make_model(), init_device_mesh("cpu", (dist.get_world_size(),))), kernel, **options)
+
+
+def train_plain() -> Any:
+    return train(make_model())
+
+
+@pytest.fixture(scope="module")
+def plain(workers: Workers) -> Any:
+    """The run without sharding, in a process that adds up in the order of the others."""
+    return workers.run(1, train_plain)[0]
+
+
+def assert_same_run(run: Any, plain: Any, *, first: int = 0, has_other_sums: bool = False) -> None:
+    """From step `first` on, `run` is the plain run, bit for bit or within the rounding of sums."""
+    losses, params, state = run
+    expected = {step: plain[0][step] for step in range(first, STEPS)}
+    if has_other_sums:
+        assert losses == pytest.approx(expected, rel=2e-5)
+        # Where a gradient is near 0, Adam divides rounding by rounding: a fraction of a step.
+        for name, param in params.items():
+            torch.testing.assert_close(param, plain[1][name], rtol=0, atol=0.1 * float(HPARAMS.lr))
+    else:
+        assert losses == expected
+        assert_equal((params, state), plain[1:])
+
+
+def train_in_two_dimensions() -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return [train(split(make_model(), mesh)) for split in (shard, shard_tensor_parallel)]
+
+
+def test_training_on_a_mesh_of_two_dimensions_is_plain_training(workers: Workers, plain: Any):
+    for replicas_of_shards, tensor_parallel in workers.run(4, train_in_two_dimensions):
+        assert_same_run(replicas_of_shards, plain)
+        assert_same_run(tensor_parallel, plain, has_other_sums=True)
 
 
 @pytest.mark.parametrize("crash", CRASHES)
-def test_a_killed_run_loses_only_what_followed_the_last_complete_checkpoint(
+def test_a_killed_run_of_two_processes_continues_on_others_from_the_last_complete_checkpoint(
     workers: Workers, plain: Any, tmp_path: Path, crash: str
 ):
     # Of their own: with a killed process goes its record of the lines that it has run.
     with Workers() as doomed, pytest.raises(WorkerDiedError, match="died with exit code -9"):
-        doomed.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6), crash)
+        doomed.run(2, partial(train_sharded, folder=tmp_path, crash=crash))
     assert latest_checkpoint(tmp_path) == tmp_path / "step-00000003"
     assert (tmp_path / "unfinished-step-00000006").exists() == (crash != "training")
-    for losses, params, state in workers.run(2, train_with_checkpoints, tmp_path, STEPS, (3, 6)):
-        assert losses == {step: plain[0][step] for step in range(3, STEPS)}
-        assert_equal((params, state), plain[1:])
+    count, *_ = CRASHES[crash]
+    for run in workers.run(count, partial(train_sharded, folder=tmp_path)):
+        assert_same_run(run, plain, first=3, has_other_sums=count == 3)  # a third of a sum of three rounds
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006"]

@@ -136,7 +136,7 @@ FAULTS: list[tuple[str, Callable[[Any], Any], type[Exception], str]] = [
     ("params['layer'][0]", lambda _: 1.0, TypeError, "is of type float ... a tensor"),
     ("state.exp_avg['layer'][0]", none, TypeError, "is of type NoneType ... a tensor"),
     # Swapped and wrong arguments.
-    ("grads", lambda _: good_call()["state"], TypeError, "is an AdamState ... gradients ... The order is"),
+    ("grads", lambda _: good_call()["state"], TypeError, "is of type AdamState ... gradients ... The order is"),
     ("state", lambda _: HPARAMS, TypeError, "is of type AdamHparams ... the AdamState ... The order is"),
     ("state", tuple, TypeError, "is of type tuple ... the AdamState ... The order is"),
     ("hparams", lambda _: 1e-3, TypeError, "is of type float ... AdamHparams ... The order is"),
@@ -320,7 +320,7 @@ def test_what_holds_parameters_and_is_no_tree_of_them_is_told_what_to_pass(make:
 
 def test_init_refuses_what_is_not_hparams() -> None:
     for given in (None, {"lr": 0.1}, 0.1, AdamState(1, 2, 3)):
-        with pytest.raises(TypeError, match=rf"hparams is of type {type(given).__name__}, expected AdamHparams"):
+        with pytest.raises(TypeError, match=rf"hparams is of type {type(given).__name__}\. Expected an AdamHparams"):
             adam_init(torch.ones(2), given)
 
 

@@ -19,14 +19,11 @@ from tests.oracles import KERNELS
 from tests.strategies import in_layout, random_tensor
 
 HPARAMS = AdamHparams(lr=0.1, weight_decay=0.01)
-donate_or_not = pytest.mark.parametrize("donate", [False, True], ids=["pure", "donate"])
 
 # Which kernel runs and what is copied for it cannot be seen from outside: the record of the kernel and what makes the
 # memory of a copy are watched.
 KERNEL_RECORDS: dict[str, Any] = importlib.import_module("functional_adam.adam.kernels").KERNELS
 STAGING = importlib.import_module("functional_adam.tensors.staging")
-# Under torch.compile `explain` is not traced, so that it cannot be asked there.
-IS_COMPILED = "functional_adam.call.plan.is_compiled_here"
 
 
 class Done(NamedTuple):
@@ -41,11 +38,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Done:
     found = Done([], [])
 
     def watched(run: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
-        def noted(*args: Any) -> Any:
-            note(*args)
-            return run(*args)
-
-        return noted
+        return lambda *args: (note(*args), run(*args))[1]
 
     for name, record in KERNEL_RECORDS.items():
         run = watched(record.run, lambda batch, *_, name=name: found.runs.append((name, len(batch.grads))))
@@ -97,90 +90,91 @@ def call_of(tree: str, options: str = "adam") -> tuple[Any, ...]:
     return call(own, grads, **OPTIONS[options][0])
 
 
+def paths_of(params: Any) -> list[tuple[str, Tensor]]:
+    return [(f"params[{i}]", x) for i, x in enumerate(params)] if isinstance(params, list) else [("params", params)]
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tree", TREES)
 def test_the_named_kernel_runs_on_the_named_groups_and_copies(tree: str, options: str, done: Done) -> None:
     for kernel, donate in product(KERNELS_AND_AUTO, (False, True)):
         arguments, keywords = call_of(tree, options), OPTIONS[options][1]
+        before = snapshot(arguments)
         explanation = explain(*arguments, kernel=kernel, donate=donate, **keywords)
+        assert_unchanged(arguments, before)
         assert done == ([], [])
         adam_update(*arguments, kernel=kernel, donate=donate, **keywords)
 
         assert explanation.watched_by is None
-        assert done.runs == [(explanation.computed_by, len(group.leaves)) for group in explanation.groups]
+        groups = explanation.groups
+        wide = {"float32_moments": torch.float32, "masters": torch.float32}.get(options, torch.bfloat16)
+        dtypes = {path: group.dtype for group in groups for path in group.leaves}
+        assert dtypes == {path: torch.promote_types(x.dtype, wide) for path, x in paths_of(arguments[0])}
+        assert sum(len(group.leaves) for group in groups) == len(dtypes)
+        assert sum(group.element_count for group in groups) == sum(x.numel() for x in tensors_of(arguments[0]))
+        assert {group.device for group in groups} == {torch.device("cpu")}
+        assert done.runs == [(explanation.computed_by, len(group.leaves)) for group in groups]
         temporary = [x for x in explanation.new_memory if "is a result" not in x.why and "rounded" not in x.why]
         assert sum(x.nbytes for x in temporary) == sum(done.copied)
         assert sum(len(x.tensors) for x in temporary) == len(done.copied)
         results = [path for x in explanation.new_memory if "is a result" in x.why for path in x.tensors]
         columns = 4 if arguments[3].amsgrad else 3
-        assert len(results) == (0 if donate else columns * sum(len(group.leaves) for group in explanation.groups))
+        assert len(results) == (0 if donate else columns * len(tensors_of(arguments[0])))
         done.runs.clear()
         done.copied.clear()
 
 
-@pytest.mark.parametrize("tree", TREES)
-def test_groups_hold_every_leaf_once_with_its_dtype(tree: str) -> None:
-    arguments = call_of(tree)
-    params, groups = tensors_of(arguments[0]), explain(*arguments).groups
-    paths = [f"params[{i}]" for i in range(len(params))] if isinstance(arguments[0], list) else ["params"]
-    by_path = sorted((path, group.dtype) for group in groups for path in group.leaves)
-    assert by_path == [(path, x.dtype) for path, x in zip(paths, params, strict=True)]
-    assert sum(group.element_count for group in groups) == sum(x.numel() for x in params)
-    assert {group.device for group in groups} == {torch.device("cpu")}
+HERE, THERE, WIDE = torch.ones(2), torch.ones(2, device="meta"), torch.ones(2, dtype=torch.float64)
 
 
-def test_groups_show_their_hyperparameters() -> None:
-    params = {"a": randn(2), "b": randn(3), "c": randn(4)}
-    groups = explain(*call(params, hparams=AdamHparams(lr={"a": 0.1, "b": 0.2, "c": 0.1}))).groups
-    assert [(group.leaves, group.hparams.lr) for group in groups] == [
-        (["params['a']", "params['c']"], 0.1),
-        (["params['b']"], 0.2),
-    ]
+@pytest.mark.parametrize(
+    ("params", "lr", "expected"),
+    [
+        ([], 0.1, []),
+        ([HERE, HERE], 0.1, [(torch.float32, 0.1, [0, 1])]),
+        ([HERE, THERE, HERE], 0.1, [(torch.float32, 0.1, [0, 2]), (torch.float32, 0.1, [1])]),
+        ([HERE, WIDE, HERE], 0.1, [(torch.float32, 0.1, [0, 2]), (torch.float64, 0.1, [1])]),
+        ([HERE] * 3, [0.1, 0.2, 0.1], [(torch.float32, 0.1, [0, 2]), (torch.float32, 0.2, [1])]),
+    ],
+)
+def test_a_group_is_of_one_device_and_dtype_and_one_set_of_numbers(params: Any, lr: Any, expected: Any) -> None:
+    groups = explain(*call(params, hparams=AdamHparams(lr=lr), per_leaf_step=True)).groups
+    paths = [(dtype, number, [f"params[{i}]" for i in places]) for dtype, number, places in expected]
+    assert [(group.dtype, group.hparams.lr, group.leaves) for group in groups] == paths
 
 
-def test_results_are_as_large_as_the_new_tensors() -> None:
-    copies = explain(*call([randn(3), randn(2, 5)])).new_memory
-    assert [(x.tensors, x.nbytes) for x in copies] == [
+def test_new_memory_is_named_by_what_it_stands_for() -> None:
+    of_results = [
         (["params[0]", "params[1]"], 52),
         (["state.exp_avg[0]", "state.exp_avg[1]"], 52),
         (["state.exp_avg_sq[0]", "state.exp_avg_sq[1]"], 52),
     ]
-
-
-def test_masters_are_named_in_the_place_of_their_parameters() -> None:
+    assert [(x.tensors, x.nbytes) for x in explain(*call([randn(3), randn(2, 5)])).new_memory] == of_results
+    # Masters stand in the place of their parameters.
     params = [randn(3, dtype=torch.bfloat16), randn(2)]
     arguments = call(params, clone(params), master_params=True, moment_dtype=torch.float32)
     assert [(x.tensors, x.nbytes, x.why) for x in explain(*arguments, donate=True).new_memory] == [
         (["params[0]"], 6, "is rounded from its master"),
         (["grads[0]"], 12, "is of torch.bfloat16 and computed in torch.float32"),
     ]
+    # A parameter that stands still is not rounded.
+    for donate in (False, True):
+        arguments = call([randn(3, dtype=torch.bfloat16)], [None], master_params=True, per_leaf_step=True)
+        new_memory = explain(*arguments, donate=donate).new_memory
+        assert not any("rounded" in x.why for x in new_memory)
+        assert [x.tensors for x in new_memory if x.tensors == ["params[0]"]] == [["params[0]"]] * (not donate)
 
 
-@donate_or_not
-def test_a_parameter_that_stands_still_is_not_rounded(donate: bool) -> None:
-    arguments = call([randn(3, dtype=torch.bfloat16)], [None], master_params=True, per_leaf_step=True)
-    new_memory = explain(*arguments, donate=donate).new_memory
-    assert not any("rounded" in x.why for x in new_memory)
-    assert [x.tensors for x in new_memory if x.tensors == ["params[0]"]] == [["params[0]"]] * (not donate)
-
-
-@pytest.mark.parametrize("found_inf", [1.0, torch.tensor(float("nan"))])
-def test_a_skipped_update_computes_nothing(found_inf: Any, done: Done) -> None:
-    arguments = call([randn(3), randn(2)])
-    explanation = explain(*arguments, found_inf=found_inf)
-    adam_update(*arguments, found_inf=found_inf)
-    assert (explanation.groups, explanation.still) == ([], ["params[0]", "params[1]"])
-    assert done.runs == []
-
-
-def test_leaves_without_a_gradient_stand_still(done: Done) -> None:
+@pytest.mark.parametrize("found_inf", [None, 1.0, torch.tensor(float("nan"))])
+def test_what_is_skipped_or_has_no_gradient_stands_still(found_inf: Any, done: Done) -> None:
     params = [randn(3), randn(2), randn(4)]
     arguments = call(params, [params[0], None, params[2]], per_leaf_step=True)
-    explanation = explain(*arguments)
-    adam_update(*arguments)
-    assert explanation.still == ["params[1]"]
-    assert [group.leaves for group in explanation.groups] == [["params[0]", "params[2]"]]
-    assert done.runs == [("fused", 2)]
+    explanation = explain(*arguments, found_inf=found_inf)
+    adam_update(*arguments, found_inf=found_inf)
+    still, moving = ["params[1]"], [["params[0]", "params[2]"]]
+    assert explanation.still == (still if found_inf is None else ["params[0]", "params[1]", "params[2]"])
+    assert [group.leaves for group in explanation.groups] == (moving if found_inf is None else [])
+    assert done.runs == ([("fused", 2)] if found_inf is None else [])
 
 
 def same_error(arguments: Sequence[Any], keywords: dict[str, Any]) -> str:
@@ -216,9 +210,6 @@ def test_why_a_kernel_cannot_run_is_what_the_error_says() -> None:
     expected = same_error(arguments, {"kernel": "fused"})
     assert expected.startswith("kernel='fused' cannot run here: there are leaves on meta")
     assert explanation.reasons["fused"] in expected
-
-
-def test_an_explicit_kernel_is_the_reason_against_the_others() -> None:
     other = "single was asked for"
     assert explain(*call(X), kernel="single").reasons == {"fused": other, "foreach": other, "single": "asked for"}
 
@@ -257,11 +248,9 @@ def test_a_watcher_is_named(
     assert explanation.computed_by in str(explanation)
     if computed_by == "equations":
         assert all("is opaque to" in explanation.reasons[name] for name in KERNELS)
-
-
-def test_equations_are_computed_in_float32_for_half_types() -> None:
-    explanation = seen_inside(make_fx, randn(3, dtype=torch.bfloat16))
-    assert [group.dtype for group in explanation.groups] == [torch.float32]
+        # They are computed in float32 for half types.
+        groups = seen_inside(transform, randn(*shape, dtype=torch.bfloat16)).groups
+        assert [group.dtype for group in groups] == [torch.float32]
 
 
 def test_autograd_is_named_and_donation_refused_alike() -> None:
@@ -274,34 +263,24 @@ def test_autograd_is_named_and_donation_refused_alike() -> None:
     # A tracer changes nothing about that.
     with pytest.raises(RuntimeError, match="Cannot donate: the update is watched by autograd"):
         make_fx(lambda g: adam_update(arguments[0], g, *arguments[2:], donate=True)[0])(randn(3))
-
-
-def test_a_watched_update_that_may_be_skipped_chooses_every_tensor() -> None:
-    copies = explain(*call(randn(3).requires_grad_()), found_inf=torch.tensor(0.0)).new_memory
+    # An update that may be skipped chooses every tensor.
+    copies = explain(*arguments, found_inf=torch.tensor(0.0)).new_memory
     chosen = [path for x in copies if "is chosen by found_inf" in x.why for path in x.tensors]
     assert chosen == ["params", "state.exp_avg", "state.exp_avg_sq", "grads"]
 
 
 def test_a_traced_donation_is_copied_into_the_memory_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(IS_COMPILED, lambda: True)
+    # Under torch.compile `explain` is not traced, so that it cannot be asked there.
+    monkeypatch.setattr("functional_adam.call.plan.is_compiled_here", lambda: True)
     found = seen_inside(make_fx, randn(3), donate=True).new_memory
     why = "is computed apart, then copied into donated memory"
     assert [x.tensors for x in found] == [["params"], ["state.exp_avg"], ["state.exp_avg_sq"]]
     assert {x.why.partition(":")[0] for x in found} == {why}
 
 
-@donate_or_not
-def test_nothing_is_changed(donate: bool) -> None:
-    arguments = call_of("gaps", "amsgrad")
-    before = snapshot(arguments)
-    explain(*arguments, donate=donate)
-    assert_unchanged(arguments, before)
-
-
 def test_the_table_has_no_loose_ends() -> None:
     params = {f"layer{i}": randn(2, 3) for i in range(3)}
-    arguments = call(params, {**params, "layer1": None}, per_leaf_step=True)
-    lines = str(explain(*arguments, grad_scale=2.0)).splitlines()
+    lines = str(explain(*call(params, {**params, "layer1": None}, per_leaf_step=True), grad_scale=2.0)).splitlines()
     assert lines == [line.rstrip() for line in lines]
     assert max(map(len, lines)) <= 120
     cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines]

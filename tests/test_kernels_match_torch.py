@@ -1,6 +1,7 @@
 """Each kernel gives the numbers of `torch.optim.Adam` with the same flags, to the last bit for real leaves."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update
 from tests.builders import KERNELS_AND_AUTO, make_call, tensors_of, transposed
-from tests.oracles import KERNELS, numpy_adam, torch_adam
-from tests.strategies import PRECISE_DTYPES, random_tensor
+from tests.oracles import numpy_adam, torch_adam
+from tests.strategies import COMPLEX_DTYPES, random_tensor
 from tests.test_cuda_path import Recorder
 from tests.tolerances import assert_close, assert_equal
 
@@ -26,23 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no_learning": {"lr": 0.0, "betas": (0.5, 0.0), "weight_decay": 0.1, "decoupled_weight_decay": True},
 }
 SHAPES = ((), (1,), (0,), (3, 0, 2), (7,), (64,), (1, 1), (33, 5), (2, 3, 5, 7))
-STEPS = 4
 BIT_EQUAL_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-DTYPES = (torch.float16, torch.bfloat16, *PRECISE_DTYPES)
-
-
-def on_both_devices(*cases: tuple[Any, ...]) -> list[Any]:
-    """Each of `cases` on the CPU, and again on CUDA."""
-    on_cpu = [(*case, "cpu") for case in cases]
-    return on_cpu + [pytest.param(*case, "cuda", marks=pytest.mark.cuda) for case in cases]
-
-
 every_kernel = pytest.mark.parametrize("kernel", KERNELS_AND_AUTO)
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-
-
-def options_named(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("options", [OPTIONS[name] for name in names], ids=names)
 
 
 def make_params(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -52,7 +39,7 @@ def make_params(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     return [param.to(device) for param in params]
 
 
-def make_gradients(params: Sequence[Tensor], count: int = STEPS) -> list[list[Tensor]]:
+def make_gradients(params: Sequence[Tensor], count: int = 4) -> list[list[Tensor]]:
     """`count` lists of gradients in the layouts of `params`."""
     return [
         [
@@ -65,114 +52,78 @@ def make_gradients(params: Sequence[Tensor], count: int = STEPS) -> list[list[Te
 
 def check_against_torch(
     params: list[Tensor],
-    gradients: Sequence[list[Any]],
+    gradients: Sequence[list[Tensor]],
     options: dict[str, Any],
     kernel: str,
     *,
-    hparams: AdamHparams | None = None,
-    per_leaf_step: bool = False,
-    ours: dict[str, Any] | None = None,
-    **torchs: Any,
+    grad_scale: Any = None,
 ) -> AdamState:
-    """Pure and donated updates, with `ours` as options, have all that torch has; the last state comes back."""
+    """Pure and donated updates have all that torch has; the last state comes back."""
     is_complex, is_cuda = params[0].is_complex(), params[0].is_cuda
     # The fastest kernel is fused, but torch's own fused kernel refuses complex leaves.
     reference = "fused" if kernel == "auto" else kernel
     reference = "single" if is_complex and (is_cuda or reference == "fused") else reference
-    expected = torch_adam(params, gradients, options, reference, capturable=is_cuda, **torchs)
+    scale = None if grad_scale is None else torch.as_tensor(grad_scale, device=params[0].device)
+    expected = torch_adam(params, gradients, options, reference, capturable=is_cuda, grad_scale=scale)
     compare = assert_close if is_complex or (is_cuda and reference != "fused") else assert_equal
-    hparams = hparams or AdamHparams(**options)
+    hparams = AdamHparams(**options)
     for donate in (False, True):
         new = [param.clone() for param in params]
-        state = adam_init(new, hparams, per_leaf_step=per_leaf_step)
+        state = adam_init(new, hparams)
         for grads in gradients:
-            new, state = adam_update(new, grads, state, hparams, kernel=kernel, donate=donate, **(ours or {}))
+            new, state = adam_update(new, grads, state, hparams, kernel=kernel, donate=donate, grad_scale=grad_scale)
         compare(new, expected.params)
         compare(state.exp_avg, expected.exp_avg)
         compare(state.exp_avg_sq, expected.exp_avg_sq)
         compare(state.max_exp_avg_sq or [None] * len(new), expected.max_exp_avg_sq)
-        assert_equal(state.step if per_leaf_step else [state.step] * len(new), expected.step)
+        assert_equal([state.step] * len(new), expected.step)
     return state
 
 
 @every_kernel
-@pytest.mark.parametrize(
-    ("dtype", "device"),
-    # float16 is compared on the CPU only.
-    [*on_both_devices(*((dtype,) for dtype in DTYPES if dtype != torch.float16)), (torch.float16, "cpu")],
-    ids=str,
-)
-@options_named(*OPTIONS)
-def test_update_agrees_with_torch(kernel: str, dtype: torch.dtype, device: str, options: dict[str, Any]) -> None:
-    params = make_params(dtype, device)
-    options = {"eps": 1e-3, **options} if dtype is torch.float16 else options  # 1e-8 is 0 in float16
-    check_against_torch(params, make_gradients(params), options, kernel)
+@every_device
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_update_agrees_with_torch(kernel: str, device: str, options: dict[str, Any]) -> None:
+    for dtype in (*BIT_EQUAL_DTYPES, *COMPLEX_DTYPES):
+        params = make_params(dtype, device)
+        check_against_torch(params, make_gradients(params), options, kernel)
 
 
 @every_kernel
-def test_decoupled_decay_has_the_bits_of_adamw(kernel: str) -> None:
-    params = make_params(torch.float32)
-    options, hparams = {"weight_decay": 0.3}, AdamHparams(weight_decay=0.3, decoupled_weight_decay=True)
-    gradients, optimizer_class = make_gradients(params), torch.optim.AdamW
-    check_against_torch(params, gradients, options, kernel, hparams=hparams, optimizer_class=optimizer_class)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_update_of_float16_agrees_with_torch_on_the_cpu(kernel: str, options: dict[str, Any]) -> None:
+    params = make_params(torch.float16)
+    check_against_torch(params, make_gradients(params), {"eps": 1e-3, **options}, kernel)  # 1e-8 is 0 in float16
 
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_step_size_above_the_largest_float16_has_the_bits_of_torch(kernel: str, dtype: torch.dtype) -> None:
     params = [torch.ones(n, dtype=dtype) for n in (1, 3, 64)]
-    options = {"lr": 1e4, "eps": 1e4}  # lr / (1 - beta1) is 1e5
-    state = check_against_torch(params, [params], options, kernel)
+    state = check_against_torch(params, [params], {"lr": 1e4, "eps": 1e4}, kernel)  # lr / (1 - beta1) is 1e5
     assert all(x.isfinite().all() for x in tensors_of(state))
 
 
-@pytest.mark.parametrize(("kernel", "device"), [*((kernel, "cpu") for kernel in KERNELS), *on_both_devices(("auto",))])
-@options_named("plain", "all_coupled")
-def test_large_leaf_has_the_bits_of_torch(kernel: str, device: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "device"), [*product(KERNELS_AND_AUTO, ["cpu"]), pytest.param("auto", "cuda", marks=pytest.mark.cuda)]
+)
+def test_large_leaf_has_the_bits_of_torch(kernel: str, device: str) -> None:
     # Large enough to be split between threads, and by no vector length without a rest.
     params = [random_tensor((n,), torch.float32, seed).to(device) for seed, n in enumerate((1_234_567, 3))]
-    check_against_torch(params, make_gradients(params, 2), options, kernel)
-
-
-@every_kernel
-def test_steps_per_leaf_and_missing_gradients_are_those_of_torch(kernel: str) -> None:
-    params = make_params(torch.float32)
-    gradients: list[Any] = make_gradients(params)
-    for grads in gradients[1:3]:
-        grads[4] = grads[7] = None
-    state = check_against_torch(params, gradients, OPTIONS["all_coupled"], kernel, per_leaf_step=True)
-    assert [step.item() for step in state.step] == [2 if index in (4, 7) else 4 for index in range(len(params))]
+    check_against_torch(params, make_gradients(params, 2), OPTIONS["all_coupled"], kernel)
 
 
 @every_device
-@options_named("coupled", "decoupled")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tensor_learning_rate_has_the_bits_of_torch(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
-    params = make_params(dtype, device)
-    options = {**options, "lr": torch.tensor(3e-3, device=device)}
-    check_against_torch(params, make_gradients(params), options, "fused")
-
-
-@every_device
-@pytest.mark.parametrize("dtype", BIT_EQUAL_DTYPES, ids=str)
-@options_named("all_coupled", "all_decoupled")
-@pytest.mark.parametrize("is_number", [True, False], ids=["number", "tensor"])
-def test_fused_grad_scale_has_the_bits_of_torch(
-    dtype: torch.dtype, options: dict[str, Any], is_number: bool, device: str
-) -> None:
-    params = make_params(dtype, device)
-    scale = torch.tensor(3.0, device=device)
-    ours = {"grad_scale": 3.0 if is_number else scale}
-    check_against_torch(params, make_gradients(params), options, "fused", ours=ours, grad_scale=scale)
-
-
-def test_a_kernel_that_this_torch_lacks_is_missed_by_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call()
-    expected = [adam_update(*call, kernel=kernel) for kernel in ("single", "fused", "auto")]
-    monkeypatch.delattr(torch, "_foreach_addcdiv_")
-    with pytest.raises(RuntimeError, match=r"kernel='foreach' cannot run here: this torch has no torch\._foreach_addc"):
-        adam_update(*call, kernel="foreach")
-    assert_equal([adam_update(*call, kernel=kernel) for kernel in ("single", "fused", "auto")], expected)
+@pytest.mark.parametrize("name", ["all_coupled", "all_decoupled"])
+def test_fused_takes_tensors_as_torch_does(name: str, device: str) -> None:
+    for dtype in BIT_EQUAL_DTYPES:
+        params = make_params(dtype, device)
+        gradients, options = make_gradients(params), OPTIONS[name]
+        for scale in (3.0, torch.tensor(3.0, device=device)):
+            check_against_torch(params, gradients, options, "fused", grad_scale=scale)
+        if dtype is not torch.bfloat16:
+            rate = {"lr": torch.tensor(3e-3, device=device)}
+            check_against_torch(params, gradients, {**options, **rate}, "fused")
 
 
 # Scalars that a kernel cannot read as numbers, which is how they come on an accelerator.
@@ -198,26 +149,21 @@ def make_hparams(given: dict[str, Any], **flags: bool) -> AdamHparams:
 
 @pytest.mark.parametrize("kernel", ["single", "foreach"])
 @pytest.mark.parametrize("names", [*([name] for name in NUMBERS), ["step"], [*NUMBERS, "step"]], ids=",".join)
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_scalars_that_stay_tensors_give_the_same_update(
-    kernel: str, names: list[str], amsgrad: bool, maximize: bool, decoupled: bool
-) -> None:
-    flags = {"amsgrad": amsgrad, "maximize": maximize, "decoupled_weight_decay": decoupled}
-    for dtype in (torch.float32, torch.float64):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scalars_that_stay_tensors_give_the_same_update(kernel: str, names: list[str], dtype: torch.dtype) -> None:
+    make_step = unread if "step" in names else torch.tensor
+    numbers: dict[str, Any] = {name: NUMBERS[name] for name in ("lr", "eps", "weight_decay")}
+    numbers["betas"] = NUMBERS["beta1"], NUMBERS["beta2"]
+    for bits in product((False, True), repeat=3):
+        flags = dict(zip(("amsgrad", "maximize", "decoupled_weight_decay"), bits, strict=True))
         given = make_hparams({name: unread(NUMBERS[name]) for name in names if name != "step"}, **flags)
         params, grads, state, _ = make_call(((3, 5), (7,)), hparams=given, dtype=dtype, per_leaf_step=True)
-        make_step = unread if "step" in names else torch.tensor
         state = state._replace(step={"leaf0": make_step(3.0), "leaf1": make_step(5.0)})
         new, new_state = adam_update(params, grads, state, given, kernel=kernel)
-        known = make_hparams({}, **flags)
         for key, step in (("leaf0", 3), ("leaf1", 5)):
             buffers = [tree[key] for tree in (params, grads, *state[1:4]) if tree]
-            numbers = {"lr": known.lr, "betas": known.betas, "eps": known.eps, "weight_decay": known.weight_decay}
             expected = numpy_adam(*buffers, step=step, **numbers, **flags)
-            got = (new[key], *(tree[key] if tree else None for tree in new_state[1:4]))
-            assert_close(got, expected[:4])
+            assert_close((new[key], *(tree[key] if tree else None for tree in new_state[1:4])), expected[:4])
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

@@ -662,7 +662,7 @@ def test_a_system_without_forks_and_a_torch_without_the_list_operation_recycle_t
     tensors = [torch.rand(COUNT), torch.rand(3)]
     copied = again.copies(tensors)
     assert_same_bits(copied, tensors)
-    assert_same_bits(again.copies(tensors[1:], are_small=True), tensors[1:])
+    assert_same_bits(again.copies(tensors[1:], largest=0), tensors[1:])
     assert again.cached_bytes() == 0
     del copied
     assert again.cached_bytes() == tensors[0].nbytes

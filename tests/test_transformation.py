@@ -7,7 +7,7 @@ import optree
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad_and_value, vmap
 
 from functional_adam import AdamHparams, AdamState, adam_init, adam_update, transformation
 from tests.builders import assert_unchanged, snapshot, tensors_of
@@ -81,10 +81,8 @@ modes = pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"
 
 
 def tree(seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    return {
-        "w": random_tensor((3, 2), dtype, seed),
-        "layers": [Pair(random_tensor((), dtype, seed + 1), random_tensor((5,), dtype, seed + 2)), None],
-    }
+    w, x, y = (random_tensor(shape, dtype, seed + i) for i, shape in enumerate([(3, 2), (), (5,)]))
+    return {"w": w, "layers": [Pair(x, y), None]}
 
 
 def addresses(given: Any) -> set[int]:
@@ -92,12 +90,10 @@ def addresses(given: Any) -> set[int]:
 
 
 def trajectory(options: dict[str, Any], *, inplace: bool) -> list[Tensor]:
-    optimizer = transformation.adam(**options)
-    params = torch.tensor(START, dtype=torch.float64)
+    optimizer, params = transformation.adam(**options), torch.tensor(START, dtype=torch.float64)
     state = optimizer.init(params)
     found: list[Tensor] = []
-    for gradient in GRADIENTS:
-        grads = torch.tensor(gradient, dtype=torch.float64)
+    for grads in torch.tensor(GRADIENTS, dtype=torch.float64):
         updates, state = optimizer.update(grads, state, params=params, inplace=inplace)
         params = transformation.apply_updates(params, updates, inplace=inplace)
         found.append(params.clone())
@@ -105,21 +101,12 @@ def trajectory(options: dict[str, Any], *, inplace: bool) -> list[Tensor]:
 
 
 @modes
-@pytest.mark.parametrize("row", range(len(OPTIONS)))
-def test_numbers_are_those_of_torchopt_and_optax(row: int, inplace: bool) -> None:
-    precision = torch.float32 if row < 4 else torch.float64
-    assert_close(trajectory(OPTIONS[row], inplace=inplace), [*NUMBERS[row]], precision)
-
-
-def test_amsgrad_is_that_of_torch_and_not_of_optax() -> None:
-    found = trajectory({"lr": 0.1, "amsgrad": True}, inplace=False)
-    weight = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
-    optimizer = torch.optim.Adam([weight], lr=0.1, amsgrad=True)
-    for gradient, params in zip(GRADIENTS, found, strict=True):
-        weight.grad = torch.tensor(gradient, dtype=torch.float64)
-        optimizer.step()
-        assert_close(params, weight.detach())
-    # The first step has nothing to take a maximum of; later ones of optax are shorter or longer.
+def test_numbers_are_those_of_torchopt_and_optax(inplace: bool) -> None:
+    for row, options in enumerate(OPTIONS):
+        precision = torch.float32 if row < 4 else torch.float64
+        assert_close(trajectory(options, inplace=inplace), [*NUMBERS[row]], precision)
+    # Amsgrad is that of torch: the first step has nothing to take a maximum of; later ones of optax differ in length.
+    found = trajectory({"lr": 0.1, "amsgrad": True}, inplace=inplace)
     assert_close(found[0], NUMBERS[-1, 0])
     assert (found[1] - NUMBERS[-1, 1]).abs().max() > 1e-3
 
@@ -160,24 +147,16 @@ def test_updates_keep_what_the_sum_rounds_away() -> None:
 
 
 @every_decay
-def test_nothing_given_changes(options: dict[str, Any]) -> None:
-    optimizer = transformation.adam(**options)
-    given = tree(0), tree(1), optimizer.init(tree(0))
-    before = snapshot(given)
-    updates, new_state = optimizer.update(given[1], given[2], given[0])
-    new = transformation.apply_updates(given[0], updates)
-    assert_unchanged(given, before)
-    assert addresses(given).isdisjoint(addresses((updates, new_state, new)))
-
-
-@every_decay
-def test_inplace_writes_state_and_parameters_and_no_gradient(options: dict[str, Any]) -> None:
+def test_pure_updates_change_nothing_and_those_in_place_state_and_parameters(options: dict[str, Any]) -> None:
     optimizer = transformation.adam(**options)
     params = optree.tree_map(torch.nn.Parameter, tree(0))
     grads, state = tree(1), optimizer.init(params)
-    memory, before = addresses((params, state)), snapshot(grads)
-    expected_updates, expected_state = optimizer.update(grads, state, tree(0))
-    expected = transformation.apply_updates(tree(0), expected_updates)
+    given = tree(0), grads, state
+    before, memory, before_grads = snapshot(given), addresses((params, state)), snapshot(grads)
+    expected_updates, expected_state = optimizer.update(grads, state, given[0])
+    expected = transformation.apply_updates(given[0], expected_updates)
+    assert_unchanged(given, before)
+    assert addresses(given).isdisjoint(addresses((expected_updates, expected_state, expected)))
 
     updates, new_state = optimizer.update(grads, state, params, inplace=True)
     assert_equal(optree.tree_map(torch.Tensor.detach, params), tree(0))
@@ -185,7 +164,7 @@ def test_inplace_writes_state_and_parameters_and_no_gradient(options: dict[str, 
     assert new_state is state
     assert_equal(state, expected_state)
     assert_equal(optree.tree_map(torch.Tensor.detach, params), expected)
-    assert_unchanged(grads, before)
+    assert_unchanged(grads, before_grads)
     assert addresses((params, state)) == memory
     assert all(x.is_leaf and x.requires_grad for x in optree.tree_leaves(params))
     # A caller who drops the returned state goes on with the one that was given.
@@ -195,46 +174,33 @@ def test_inplace_writes_state_and_parameters_and_no_gradient(options: dict[str, 
 
 @modes
 def test_a_list_may_stand_for_a_tuple_at_the_root(inplace: bool) -> None:
-    optimizer = transformation.adam(weight_decay=0.1)
-    mean, log_sd = tree(0), tree(5)
-    grads = (tree(10), tree(15))
-    expected = optimizer.update(list(grads), optimizer.init([mean, log_sd]), [mean, log_sd])
-    updates, state = optimizer.update(grads, optimizer.init([mean, log_sd]), [mean, log_sd], inplace=inplace)
+    optimizer, params, grads = transformation.adam(weight_decay=0.1), [tree(0), tree(5)], (tree(10), tree(15))
+    expected = optimizer.update([*grads], optimizer.init(params), params)
+    expected_new = transformation.apply_updates(params, expected[0])
+    updates, state = optimizer.update(grads, optimizer.init(params), params, inplace=inplace)
     assert type(updates) is tuple
-    assert_equal(list(updates), expected[0])
-    assert_equal(state, expected[1])
-    expected_new = transformation.apply_updates([mean, log_sd], expected[0])
-    new = transformation.apply_updates((mean, log_sd), updates, inplace=inplace)
-    assert_equal(list(new), expected_new)
+    assert_equal(([*updates], state), expected)
+    assert_equal([*transformation.apply_updates((*params,), updates, inplace=inplace)], expected_new)
 
 
-def test_updates_are_differentiable() -> None:
-    hparams = {"lr": 0.1, "weight_decay": 0.1}
-    params, gradient = random_tensor((4,), torch.float64, 0), random_tensor((4,), torch.float64, 1)
-    optimizer = transformation.adam(**hparams)
-    state = optimizer.init(params)
+def test_updates_are_differentiable_and_mapped() -> None:
+    """By the parameter, the gradient and the learning rate, each member with its own."""
+    rates = torch.tensor([0.1, 0.01, 0.001], dtype=torch.float64)
+    given = rates, *(random_tensor((3, 4), torch.float64, seed) for seed in (0, 1))
 
-    def after(p: Tensor, g: Tensor) -> Tensor:
-        updates, _ = optimizer.update(g, state, p)
+    def after(lr: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        optimizer = transformation.adam(lr=lr, weight_decay=0.1)
+        updates, _ = optimizer.update(g, optimizer.init(p), p)
         return transformation.apply_updates(p, updates).square().sum()
 
-    def expected(p: Tensor, g: Tensor) -> Tensor:
-        return adam_update(p, g, state, AdamHparams(**hparams))[0].square().sum()
+    def expected(lr: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        hparams = AdamHparams(lr=lr, weight_decay=0.1)
+        return adam_update(p, g, adam_init(p, hparams), hparams)[0].square().sum()
 
-    found = grad(after, argnums=(0, 1))(params, gradient)
-    assert_close(found, grad(expected, argnums=(0, 1))(params, gradient))
-    assert all(bool((x != 0).all()) for x in found)
-
-
-def test_learning_rates_are_mapped() -> None:
-    rates, params, grads = torch.tensor([0.1, 0.01, 0.0]), torch.ones(3, 4), random_tensor((3, 4), torch.float32, 0)
-
-    def one(lr: Tensor, p: Tensor, g: Tensor) -> Tensor:
-        optimizer = transformation.adam(lr=lr)
-        return transformation.apply_updates(p, optimizer.update(g, optimizer.init(p))[0])
-
-    expected = torch.stack([one(*x) for x in zip(rates, params, grads, strict=True)])
-    assert_close(vmap(one)(rates, params, grads), expected)
+    found = vmap(grad_and_value(after, argnums=(0, 1, 2)))(*given)
+    alone = [grad_and_value(expected, argnums=(0, 1, 2))(*(x[i] for x in given)) for i in range(3)]
+    assert_close(found, optree.tree_map(lambda *xs: torch.stack(xs), *alone))
+    assert all(bool((x != 0).all()) for x in optree.tree_leaves(found))
 
 
 @modes
@@ -251,20 +217,22 @@ def test_leaves_without_gradient_stand_still(inplace: bool) -> None:
 @modes
 @every_decay
 def test_dtypes_stay(options: dict[str, Any], inplace: bool) -> None:
-    optimizer = transformation.adam(**options)
-    params = tree(0, torch.bfloat16)
+    optimizer, params = transformation.adam(**options), tree(0, torch.bfloat16)
     wide = optimizer.init(tree(0))  # moments in float32
     updates, state = optimizer.update(tree(1), wide, params, inplace=inplace)
     new = transformation.apply_updates(params, updates, inplace=inplace)
-    assert {x.dtype for x in optree.tree_leaves((updates, new))} == {torch.bfloat16}
-    wider = optree.tree_map(Tensor.float, updates)
-    assert {x.dtype for x in optree.tree_leaves(transformation.apply_updates(params, wider))} == {torch.bfloat16}
+    newer = transformation.apply_updates(params, optree.tree_map(Tensor.float, updates))
+    assert {x.dtype for x in optree.tree_leaves((updates, new, newer))} == {torch.bfloat16}
     assert {x.dtype for x in optree.tree_leaves(state)} == {torch.float32}
 
 
 ONES, OPTIMIZER = torch.ones(2), transformation.adam()
-ONE, BOTH = {"a": ONES}, {"a": ONES, "b": ONES}
+ONE, BOTH, NONE = {"a": ONES}, {"a": ONES, "b": ONES}, {"a": ONES, "b": None}
 MASTERS = adam_init(ONES.bfloat16(), AdamHparams(), master_params=True)
+TRACKED = torch.ones(2, requires_grad=True)
+DECAY, TENSOR_DECAY = (transformation.adam(weight_decay=x) for x in (0.1, torch.tensor(0.1)))
+COMPLEX = r"^updates\['a'\] is of torch.complex64, but params\['a'\] is of torch.float32"
+NO_GRADIENT = r"^grads\['b'\] is None, .* transformation.adam\(..., per_leaf_step=True\)"
 FAULTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: transformation.adam(lr=-1.0), ValueError, r"^Invalid learning rate: -1"),
     (lambda: transformation.adam(kernel="slow"), ValueError, r"^kernel is 'slow'"),
@@ -272,17 +240,13 @@ FAULTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: transformation.adam(lr=lambda _: 0.1), TypeError, r"^hparams.lr is <function"),
     (lambda: OPTIMIZER.update(ONE, OPTIMIZER.init(BOTH)), ValueError, r"grads lacks \['b'\]"),
     (lambda: OPTIMIZER.update(ONES, MASTERS, ONES), ValueError, r"^state.master_params is given"),
+    (lambda: OPTIMIZER.update(TRACKED, OPTIMIZER.init(ONES), inplace=True), RuntimeError, r"^Cannot donate"),
+    (lambda: OPTIMIZER.update(NONE, OPTIMIZER.init(BOTH)), ValueError, NO_GRADIENT),
+    (lambda: OPTIMIZER.update(NONE, OPTIMIZER.init(BOTH), inplace=True), ValueError, NO_GRADIENT),
+    (lambda: DECAY.update(ONES, DECAY.init(ONES)), ValueError, r"^params is None, but weight_decay is"),
+    (lambda: TENSOR_DECAY.update(ONES, DECAY.init(ONES)), ValueError, r"^params is None, but weight_decay is"),
     (lambda: transformation.apply_updates(ONE, [ONES]), ValueError, r"^updates is of type list, but params .* dict"),
-    (
-        lambda: transformation.apply_updates(ONE, {"a": ONES.cfloat()}),
-        TypeError,
-        r"^updates\['a'\] is of torch.complex64, but params\['a'\] is of torch.float32",
-    ),
-    (
-        lambda: OPTIMIZER.update(torch.ones(2, requires_grad=True), OPTIMIZER.init(ONES), inplace=True),
-        RuntimeError,
-        r"^Cannot donate",
-    ),
+    (lambda: transformation.apply_updates(ONE, {"a": ONES.cfloat()}), TypeError, COMPLEX),
 ]
 
 
@@ -290,19 +254,6 @@ FAULTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_wrong_calls_say_what_is_wrong(call: Callable[[], Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
-
-
-@pytest.mark.parametrize("weight_decay", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_weight_decay_needs_the_parameters(weight_decay: Any) -> None:
-    optimizer = transformation.adam(weight_decay=weight_decay)
-    with pytest.raises(ValueError, match=r"^params is None, but weight_decay is"):
-        optimizer.update(ONES, optimizer.init(ONES))
-
-
-@modes
-def test_a_missing_gradient_says_what_to_do(inplace: bool) -> None:
-    with pytest.raises(ValueError, match=r"^grads\['b'\] is None, .* transformation.adam\(..., per_leaf_step=True\)"):
-        OPTIMIZER.update({"a": ONES, "b": None}, OPTIMIZER.init(BOTH), inplace=inplace)
 
 
 @pytest.mark.parametrize("case", ["overlaps itself", r"shares memory with params\[2\]"])

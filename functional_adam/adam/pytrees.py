@@ -15,10 +15,17 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 
-from functional_adam.tensors.leaves import DTYPES, MASTER_DTYPES, check_flag, check_params, number_fault, to_float
-from functional_adam.tensors.printing import shown
+from functional_adam.tensors.leaves import (
+    DTYPES,
+    MASTER_DTYPES,
+    check_flag,
+    check_params,
+    number_fault,
+    to_float,
+    wrong_type,
+)
 from functional_adam.tensors.tracking import is_readable, is_tracing
-from functional_adam.tensors.trees import TensorTree, Tree, flatten, labels_of, leaves_of, unflatten
+from functional_adam.tensors.trees import TensorTree, Tree, flatten, labels_of, leaves_of, shown, unflatten
 
 ScalarTree: TypeAlias = Tree
 """A `Scalar`, or a pytree of them that is a prefix of params."""
@@ -136,10 +143,8 @@ def check_scalar(value: object, where: str) -> None:
 def check_hparams_type(hparams: object) -> None:
     """Raise TypeError unless `hparams` is an AdamHparams."""
     if not isinstance(hparams, AdamHparams):
-        raise TypeError(
-            f"hparams is of type {type(hparams).__name__}, expected AdamHparams. "
-            "The order is adam_update(params, grads, state, hparams) and adam_init(params, hparams)."
-        )
+        order = "The order is adam_update(params, grads, state, hparams) and adam_init(params, hparams)"
+        raise wrong_type("hparams", hparams, f"an AdamHparams. {order}")
 
 
 def check_hparams(hparams: AdamHparams) -> None:

@@ -25,6 +25,7 @@ from functional_adam.tensors.leaves import (
     check_params,
     number_fault,
     to_float,
+    wrong_type,
 )
 from functional_adam.tensors.trees import (
     Scalar,
@@ -195,7 +196,7 @@ def zero_dim(value: object, name: str) -> Tensor:
     """A number or 0-dim tensor as a tensor."""
     if not isinstance(value, Tensor):
         if not isinstance(value, Real):
-            raise TypeError(f"{name} is of type {type(value).__name__}. Expected a number or a 0-dim tensor.")
+            raise wrong_type(name, value, "a number or a 0-dim tensor")
         return torch.tensor(to_float(value, name), dtype=torch.float64, device="cpu")
     fault = number_fault(value)
     if fault:
@@ -211,11 +212,11 @@ def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check_types(grads: object, state: object, hparams: AdamHparams) -> None:
-    order = "The order is adam_update(params, grads, state, hparams)."
+    order = "The order is adam_update(params, grads, state, hparams)"
     if isinstance(grads, AdamState):
-        raise TypeError(f"grads is an AdamState, expected a pytree of gradients. {order}")
+        raise wrong_type("grads", grads, f"a pytree of gradients. {order}")
     if not isinstance(state, AdamState):
-        raise TypeError(f"state is of type {type(state).__name__}, expected the AdamState of adam_init. {order}")
+        raise wrong_type("state", state, f"the AdamState of adam_init. {order}")
     check_hparams(hparams)
 
 
@@ -235,10 +236,8 @@ def _flatten_maxima(state: AdamState, hparams: AdamHparams, treespec: PyTreeSpec
 
 def _flatten_steps(state: AdamState, treespec: PyTreeSpec, params: TensorTree) -> list[Tensor]:
     if treespec.num_leaves and not treespec.is_leaf() and (state.step is None or is_leaf(state.step)):
-        raise TypeError(
-            f"state.step is of type {type(state.step).__name__}. Expected a 0-dim float32 tensor, or a tree of them "
-            "like params, as adam_init makes."
-        )
+        expected = "a 0-dim float32 tensor, or a tree of them like params, as adam_init makes"
+        raise wrong_type("state.step", state.step, expected)
     return flatten_like(treespec, state.step, "state.step", params)
 
 
@@ -252,9 +251,9 @@ def _step_fault(step: object, param: Tensor | None) -> tuple[type[Exception], st
     if is_spent(step):
         return RuntimeError, "is empty: this state was donated and cannot be used again. Use the state that came back."
     if step.shape != ():
-        return ValueError, f"has shape {tuple(step.shape)}, expected (). Map over stacked states with torch.func.vmap."
+        return ValueError, f"has shape {tuple(step.shape)}. Expected (). Map over stacked states with torch.func.vmap."
     if step.dtype is not torch.float32:
-        return TypeError, f"is of {step.dtype}, expected torch.float32. Convert it with .float()."
+        return TypeError, f"is of {step.dtype}. Expected torch.float32. Convert it with .float()."
     if param is not None and step.device != param.device:
         return ValueError, (
             f"is on {step.device}, but its parameter is on {param.device}. Move the state with the parameters; for "

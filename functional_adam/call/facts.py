@@ -17,8 +17,6 @@ from torch import Tensor
 
 from functional_adam.tensors.batch import Batch
 from functional_adam.tensors.leaves import PLAIN, is_dtensor
-from functional_adam.tensors.overlap import are_apart_by_address
-from functional_adam.tensors.recycling import LARGE
 from functional_adam.tensors.tracking import is_tracing, is_transformed
 
 
@@ -36,10 +34,10 @@ class Facts:
     requires_grad: bool = False  # some tensor does
     is_inference: bool = False  # some tensor was made in inference mode
     is_bare: bool = False  # no tensor requires grad or is an nn.Parameter
-    are_small: bool = False  # each has less than `LARGE` bytes
     are_contiguous: bool = False
     is_ready: bool = False  # leaves are of one real dtype and device, contiguous and without lazy bits
     has_shards: bool = False  # some parameter is a DTensor
+    largest: int | None = None  # bytes of the largest tensor, if they are plain
     nbytes: list[int] = field(default_factory=_no_numbers)  # of each tensor
     disjoint: list[int] = field(default_factory=_no_numbers)  # addresses at which they were found to share no memory
 
@@ -56,7 +54,7 @@ def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:
         return Facts(devices, requires_grad=requires_grad, is_inference=is_inference, has_shards=has_shards)
     leaves = [*batch.buffers, *(x for x in batch.grads if x is not None)]  # pyright: ignore[reportUnnecessaryComparison]
     requires_grad = any(x.requires_grad for x in tensors)
-    are_contiguous = all(x.is_contiguous() for x in tensors)
+    are_contiguous, nbytes = all(x.is_contiguous() for x in tensors), [x.nbytes for x in tensors]
     return Facts(
         devices,
         are_plain=True,
@@ -64,27 +62,15 @@ def find_facts(batch: Batch, tensors: Sequence[Tensor]) -> Facts:
         requires_grad=requires_grad,
         is_inference=any(x.is_inference() for x in tensors),
         is_bare=not requires_grad and torch.nn.Parameter not in {*map(type, tensors)},
-        are_small=all(x.nbytes < LARGE for x in tensors),
         are_contiguous=are_contiguous,
         is_ready=are_contiguous
         and len(devices) == 1
         and len({x.dtype for x in leaves}) == 1
         and not leaves[0].is_complex()
         and not any(x.is_neg() for x in leaves),
-        nbytes=[x.nbytes for x in tensors],
+        largest=max(nbytes, default=0),
+        nbytes=nbytes,
     )
-
-
-def are_surely_apart(tensors: Sequence[Tensor], facts: Facts) -> bool:
-    """Whether all tensors of a call can be seen, at one look, to share no memory."""
-    if not facts.are_contiguous:
-        return False
-    starts = [*map(Tensor.data_ptr, tensors)]
-    if starts != facts.disjoint:
-        if not are_apart_by_address(starts, facts.nbytes):
-            return False
-        facts.disjoint = starts
-    return True
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

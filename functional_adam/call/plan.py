@@ -13,9 +13,9 @@ from torch import Tensor
 from functional_adam.adam.equations import EQUATIONS, compute_dtype
 from functional_adam.adam.kernels import KERNELS, check_kernel_name, check_numbers, select_kernel
 from functional_adam.call.arguments import Arguments
-from functional_adam.call.facts import Facts, Memory, are_surely_apart, find_facts
+from functional_adam.call.facts import Facts, Memory, find_facts
 from functional_adam.tensors.leaves import check_flag, full_value, is_dtensor, local_shard, placement_change
-from functional_adam.tensors.overlap import check_apart
+from functional_adam.tensors.overlap import are_apart_by_address, check_apart
 from functional_adam.tensors.staging import COLUMNS, RUN, Reasons, Stage
 from functional_adam.tensors.tracking import (
     forward_levels,
@@ -82,12 +82,24 @@ def plan_update(given: Arguments, kernel: str, *, donate: bool, is_explained: bo
     if plan.watched_by is None:
         steps = given.batch.steps
         check_numbers(given.sets, steps if plan.facts.can_be_read else readable(steps))
-        if donate and not are_surely_apart(tensors, plan.facts):
+        if donate and not _are_surely_apart(tensors, plan.facts):
             written, others = given.written(), given.read()
             owners = [(root, index) for root, index, _ in written + others]
             check_apart([x for *_, x in written], [x for *_, x in others], lambda place: given.name(*owners[place]))
         given = given._replace(grad_scale=_read(given.grad_scale), found_inf=_read(given.found_inf))
     return plan, given
+
+
+def _are_surely_apart(tensors: Sequence[Tensor], facts: Facts) -> bool:
+    """Whether all tensors of a call can be seen, at one look, to share no memory."""
+    if not facts.are_contiguous:
+        return False
+    starts = [*map(Tensor.data_ptr, tensors)]
+    if starts != facts.disjoint:
+        if not are_apart_by_address(starts, facts.nbytes):
+            return False
+        facts.disjoint = starts
+    return True
 
 
 def _read(x: Any) -> Any:

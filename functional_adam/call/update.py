@@ -125,7 +125,7 @@ def _run_kernel(plan: Plan, given: Arguments, *, donate: bool) -> Batch:
     """In place, on the buffers if they are donated, else on copies."""
     old, facts, found_inf = given.batch, plan.facts, given.found_inf
     is_streamed = plan.is_streamed and found_inf is not True
-    new = old if donate else emptied(old) if is_streamed else copied(old, are_small=facts.are_small)
+    new = old if donate else emptied(old) if is_streamed else copied(old, largest=facts.largest)
     if donate and facts.is_ready and len(old.steps) > 1:
         # They are copied to the old memory in the end, so that one tensor can hold all of them.
         advanced = [*(torch.stack(old.steps) + 1).unbind(0)]

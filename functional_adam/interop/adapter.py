@@ -8,13 +8,12 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from functional_adam.adam.kernels import KernelName
 from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.call.arguments import Arguments, numbers_of
 from functional_adam.call.plan import Plan, plan_update
 from functional_adam.call.update import run_plan
 from functional_adam.tensors.batch import Batch
-from functional_adam.tensors.leaves import number_fault
+from functional_adam.tensors.leaves import number_fault, wrong_type
 from functional_adam.tensors.overlap import check_apart
 
 __all__ = ["_FunctionalAdam", "_FunctionalAdamW"]
@@ -311,12 +310,12 @@ class _FunctionalAdamW(_FunctionalAdam):
 def check_adapter(optimizer: object) -> None:
     """Raise TypeError unless `optimizer` is one of these."""
     if not isinstance(optimizer, _FunctionalAdam):
-        raise TypeError(f"optimizer is of type {type(optimizer).__name__}, expected a _FunctionalAdam.")
+        raise wrong_type("optimizer", optimizer, "a _FunctionalAdam")
 
 
 def _checked_list(given: object, name: str) -> Sequence[Value]:
     if not isinstance(given, (list, tuple)):
-        raise TypeError(f"{name} is of type {type(given).__name__}. Expected a list, with one entry per parameter.")
+        raise wrong_type(name, given, "a list, with one entry per parameter")
     return cast("Sequence[Value]", given)
 
 
@@ -327,7 +326,7 @@ def _check_pairs(params: object, grads: object) -> None:
         raise ValueError(f"There are {len(params)} params, but {len(grads)} grads. Expected one for each.")
     for place, param in enumerate(params):
         if not isinstance(param, Tensor):
-            raise TypeError(f"params[{place}] is of type {type(param).__name__}. Expected a tensor.")
+            raise wrong_type(f"params[{place}]", param, "a tensor")
 
 
 def _hparams_of(group: Group) -> AdamHparams:
@@ -346,7 +345,7 @@ def _without_dimensions(value: Value, name: str) -> Value:
     return value.reshape(())
 
 
-def _kernel_of(group: Group) -> KernelName:
+def _kernel_of(group: Group) -> str:
     """The kernel that a group asks for by torch's flags; single if by none."""
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init, check_scalar, is_spent
-from functional_adam.tensors.leaves import check_fit, number_fault, tensor_fault, to_float
+from functional_adam.tensors.leaves import check_fit, number_fault, tensor_fault, to_float, wrong_type
 from functional_adam.tensors.trees import TensorTree, flatten
 
 _FORMAT = 1  # A change of keys or values is a new number, and the old formats stay readable.
@@ -37,7 +37,7 @@ def state_to_dict(state: AdamState) -> dict[str, Tensor]:
         ['format', 'step', "exp_avg['w']", "exp_avg_sq['w']"]
     """
     if not isinstance(state, AdamState):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"state is of type {type(state).__name__}, expected an AdamState.")
+        raise wrong_type("state", state, "an AdamState")
     flat = {"format": torch.tensor(_FORMAT, device="cpu")}
     for field, path, tensor in _fields_and_paths(state):
         fault = tensor_fault(tensor)
@@ -104,7 +104,7 @@ def _fields_and_paths(state: AdamState) -> list[tuple[str, str, Tensor]]:
 
 def _check_format(flat: object) -> None:
     if not isinstance(flat, Mapping):
-        raise TypeError(f"flat is of type {type(flat).__name__}, expected a dict of tensors, as state_to_dict makes.")
+        raise wrong_type("flat", flat, "a dict of tensors, as state_to_dict makes")
     number = cast("Mapping[object, object]", flat).get("format")
     if not isinstance(number, Tensor) or number_fault(number) or number.is_meta or number.numel() != 1:
         raise ValueError("flat has no number under 'format'. Expected a dict that state_to_dict has made.")
@@ -136,7 +136,7 @@ def read_step(value: Real | Tensor, where: str) -> Tensor:
         value = torch.tensor(to_float(value, where), dtype=torch.float64, device="cpu")
     step = value.detach().to(torch.float32)
     if not bool(((step >= 0) & (step == step.floor()) & step.isfinite()).all()):
-        raise ValueError(f"{where} is {value}, expected a whole number of updates, 0 or more.")
+        raise ValueError(f"{where} is {value}. Expected a whole number of updates, 0 or more.")
     return step
 
 
@@ -145,7 +145,7 @@ def _step_like(place: Tensor, value: Tensor, where: str, moments: Sequence[Tenso
     step = read_step(value, where)
     is_prefix = all(moment.shape[: step.dim()] == step.shape for moment in moments)
     if not is_prefix or not step.numel() or (step.dim() and not moments):
-        raise ValueError(f"{where} has shape {tuple(step.shape)}, expected () or the leading dimensions of params.")
+        raise ValueError(f"{where} has shape {tuple(step.shape)}. Expected () or the leading dimensions of params.")
     # Members that agree share one number, as after vmap(adam_init): one kernel call then serves them all.
     agree = bool((step == step.flatten()[0]).all())
     return (step.flatten()[0] if agree else step).to(place.device, copy=True).expand(step.shape)

@@ -196,7 +196,7 @@ def _step_of(entry: Group, where: str, moments: Sequence[str]) -> Tensor:
         raise ValueError(f"{where} {faults}. Expected {listed(names)}, as Adam and AdamW keep them.")
     step = read_step(entry["step"], f"{where}['step']")
     if step.shape != ():
-        raise ValueError(f"{where}['step'] has shape {tuple(step.shape)}, expected ().")
+        raise ValueError(f"{where}['step'] has shape {tuple(step.shape)}. Expected ().")
     return step
 
 
@@ -205,15 +205,15 @@ def _parts_of(state_dict: object) -> tuple[list[Group], Mapping[Hashable, Group]
     found = _dict(state_dict, "state_dict", "the dict of state_dict()")
     if not {"state", "param_groups"} <= found.keys():
         raise ValueError(
-            f"state_dict has the keys {listed([*found])}, expected 'state' and 'param_groups'. "
+            f"state_dict has the keys {listed([*found])}. Expected 'state' and 'param_groups'. "
             "Give what state_dict() of an optimizer returned."
         )
     entries, groups = found["state"], found["param_groups"]
     if not all((isinstance(entries, Mapping), isinstance(groups, (list, tuple)))):
         got = f"{type(entries).__name__} and {type(groups).__name__}"
-        raise TypeError(f"state_dict has a 'state' and 'param_groups' of types {got}, expected a dict and a list.")
+        raise TypeError(f"state_dict has a 'state' and 'param_groups' of types {got}. Expected a dict and a list.")
     if not groups:
-        raise ValueError("state_dict['param_groups'] is empty, expected a list with at least one group.")
+        raise ValueError("state_dict['param_groups'] is empty. Expected a list with at least one group.")
     for index, group in enumerate(groups):
         where = f"state_dict['param_groups'][{index}]"
         _check_group(_dict(group, where), where)
@@ -222,7 +222,7 @@ def _parts_of(state_dict: object) -> tuple[list[Group], Mapping[Hashable, Group]
 
 def _dict(x: object, where: str, expected: str = "a dict") -> Group:
     if not isinstance(x, Mapping):
-        raise TypeError(f"{where} is of type {type(x).__name__}, expected {expected}.")
+        raise TypeError(f"{where} is of type {type(x).__name__}. Expected {expected}.")
     return cast("Group", x)
 
 
@@ -234,9 +234,9 @@ def _check_group(group: Group, where: str) -> None:
     """Raise unless `group` has parameters, and hyperparameters of the right types."""
     ids, names = group.get("params"), group.get("param_names")
     if not _is_list_of(ids, int, str):
-        raise TypeError(f"{where}['params'] is {ids!r}, expected a list of indices.")
+        raise TypeError(f"{where}['params'] is {ids!r}. Expected a list of indices.")
     if names is not None and not _is_list_of(names, str):
-        raise TypeError(f"{where}['param_names'] is of type {type(names).__name__}, expected names.")
+        raise TypeError(f"{where}['param_names'] is of type {type(names).__name__}. Expected names.")
     if names is not None and len(names) != len(ids):
         raise ValueError(
             f"{where} has {len(ids)} 'params', but {len(names)} 'param_names'. Give each parameter its name, or take "
@@ -247,7 +247,7 @@ def _check_group(group: Group, where: str) -> None:
         raise ValueError(f"{where} has no {missing[0]!r}. Expected a group of Adam or AdamW.")
     betas = group["betas"]
     if not _is_list_of(betas, object) or len(betas) != 2:
-        raise ValueError(f"{where}['betas'] is {betas!r}, expected a pair of numbers.")
+        raise ValueError(f"{where}['betas'] is {betas!r}. Expected a pair of numbers.")
     numbers = {f"[{name!r}]": group[name] for name in _NUMBERS}
     for key, value in {**numbers, "['betas'][0]": betas[0], "['betas'][1]": betas[1]}.items():
         check_scalar(value, f"{where}{key}")
@@ -255,7 +255,7 @@ def _check_group(group: Group, where: str) -> None:
     for name in _FLAGS:
         flag = group.get(name)
         if not isinstance(flag, (int, type(None))):
-            raise TypeError(f"{where}['{name}'] is of type {type(flag).__name__}, expected a bool.")
+            raise TypeError(f"{where}['{name}'] is of type {type(flag).__name__}. Expected a bool.")
 
 
 def _hparams_of_groups(

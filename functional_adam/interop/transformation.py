@@ -1,6 +1,7 @@
 """Adam in the shape of optax and TorchOpt: a pair (init, update), and apply_updates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 from functional_adam.adam.kernels import KernelName, check_kernel_name
 from functional_adam.adam.pytrees import AdamHparams, AdamState, adam_init
 from functional_adam.call.update import adam_update
-from functional_adam.tensors.leaves import check_fit, check_flag, check_params, tensor_fault
-from functional_adam.tensors.overlap import find_overlap
-from functional_adam.tensors.tracking import is_tracing, is_transformed
+from functional_adam.tensors.leaves import check_fit, check_flag, check_params, tensor_fault, wrong_type
+from functional_adam.tensors.overlap import check_apart
 from functional_adam.tensors.trees import (
     Scalar,
     TensorTree,
@@ -137,10 +137,7 @@ class _Adam(NamedTuple):
             raise ValueError(f"params is None, but weight_decay is {weight_decay}. Call update(grads, state, params).")
         check_flag(inplace, "inplace")
         if not isinstance(state, AdamState):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"state is of type {type(state).__name__}, expected the AdamState of init. "
-                "The order is update(grads, state, params)."
-            )
+            raise wrong_type("state", state, "the AdamState of init. The order is update(grads, state, params)")
         if leaves_of(state.master_params):
             raise ValueError(
                 "state.master_params is given, but updates are added to the parameters, not to their copies. "
@@ -195,11 +192,7 @@ def apply_updates(params: Params, updates: TensorTree, *, inplace: bool = False)
         if change is not None:
             check_fit(change, leaf, label, "updates", index, "Updates must match params leaf by leaf.", is_grad=True)
     if inplace:
-        found = None if is_tracing() or is_transformed() else find_overlap(leaves, ())
-        if found is not None:
-            path, other = (label("params", index) for index in found)
-            what = "overlaps itself" if path == other else f"shares memory with {other}"
-            raise RuntimeError(f"{path} {what}, so that it cannot be written. Clone it, or leave out inplace.")
+        check_apart(leaves, (), partial(label, "params"), verb="write", option="inplace")
         with torch.no_grad():
             for leaf, change in zip(leaves, changes, strict=True):
                 if change is not None:

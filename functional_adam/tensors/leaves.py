@@ -137,6 +137,11 @@ def _fault(x: Tensor, dtypes: Collection[torch.dtype], text: str) -> str | None:
     return class_fault(x) if x.dtype in dtypes else text.format(x.dtype)
 
 
+def wrong_type(where: str, x: object, expected: str) -> TypeError:
+    """The error where `x` is of another type than `expected`."""
+    return TypeError(f"{where} is of type {type(x).__name__}. Expected {expected}.")
+
+
 def to_float(value: Real, where: str) -> float:
     """`value` as the float that kernels compute with."""
     try:
@@ -148,7 +153,7 @@ def to_float(value: Real, where: str) -> float:
 def check_flag(value: object, where: str) -> None:
     """Raise TypeError unless `value` is True or False."""
     if value is not True and value is not False:
-        raise TypeError(f"{where} is of type {type(value).__name__}. Expected True or False.")
+        raise wrong_type(where, value, "True or False")
 
 
 def is_dtensor(x: object) -> bool:

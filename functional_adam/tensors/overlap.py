@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_adam.tensors.leaves import local_shard
-from functional_adam.tensors.tracking import is_fake
+from functional_adam.tensors.tracking import is_fake, is_tracing, is_transformed
 
 
 def are_apart_by_address(starts: list[int], lengths: Iterable[int]) -> bool:
@@ -146,16 +146,26 @@ def _shared_byte(group: list[_Span]) -> tuple[int, int] | None:
     return None
 
 
-def check_apart(written: Sequence[Tensor], read: Sequence[Tensor], name: Callable[[int], str]) -> None:
-    """Raise RuntimeError if writing would change another tensor; `name` says what the tensors are, in this order."""
-    found = find_overlap(written, read)
+def check_apart(
+    written: Sequence[Tensor],
+    read: Sequence[Tensor],
+    name: Callable[[int], str],
+    *,
+    verb: str = "donate",
+    option: str = "donate",
+) -> None:
+    """Raise RuntimeError if writing would change another tensor; traced and mapped tensors have no memory to look at.
+
+    `name` says what the tensors are, in this order. `option` is how users ask for what `verb` says.
+    """
+    found = None if is_tracing() or is_transformed() else find_overlap(written, read)
     if found is None:
         return
     first, second = map(name, found)
     what = "overlaps itself" if first == second else f"shares memory with {second}"
     raise RuntimeError(
-        f"Cannot donate {first}: it {what}, so that writing one would change the other. "
-        "Clone one of them, or update without donate."
+        f"Cannot {verb} {first}: it {what}, so that writing one would change the other. "
+        f"Clone one of them, or update without {option}."
     )
 
 

@@ -23,7 +23,7 @@ from functional_adam.tensors.layouts import is_dense
 __all__ = ["cached_bytes", "empty_cache", "set_cache_limit"]
 
 # In bytes. Below, malloc keeps its memory, and a block would cost more time than it saves.
-LARGE = 2**17
+_LARGE = 2**17
 _ALIGNMENT = 64  # bytes, as torch's own allocator has it
 
 # A third faster than clone by clone, where torch has it.
@@ -67,12 +67,12 @@ def set_cache_limit(limit: int | None) -> None:
     _cache.set_limit(limit)
 
 
-def copies(tensors: Sequence[Tensor], *, are_small: bool = False) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor], *, largest: int | None = None) -> list[Tensor]:
     """`torch.clone` of each, in warm memory where that is possible.
 
-    `are_small`: all are known to be plain tensors of less than `LARGE` bytes.
+    `largest`: the bytes of the largest, where all are known to be plain tensors.
     """
-    if are_small and _foreach_clone is not None and tensors:
+    if largest is not None and largest < _LARGE and _foreach_clone is not None and tensors:
         return list(_foreach_clone(tensors))
     if not any(map(_is_recyclable, tensors)):
         return [x.clone() for x in tensors]
@@ -97,7 +97,7 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_recyclable(x: Tensor) -> bool:
-    can_come_back = x.nbytes >= LARGE and _cache.fixed != 0
+    can_come_back = x.nbytes >= _LARGE and _cache.fixed != 0
     return can_come_back and type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and is_dense(x)
 
 

@@ -137,9 +137,9 @@ class Run(NamedTuple):
         return Batch(params, exp_avgs, exp_avg_sqs, maxima, grads, batch.steps)
 
 
-def copied(batch: Batch, *, are_small: bool = False) -> Batch:
-    """`batch` with copies of its buffers, `are_small` as in `recycling.copies`."""
-    return batch.with_buffers(copies(batch.buffers, are_small=are_small))
+def copied(batch: Batch, *, largest: int | None = None) -> Batch:
+    """`batch` with copies of its buffers, `largest` as in `recycling.copies`."""
+    return batch.with_buffers(copies(batch.buffers, largest=largest))
 
 
 def emptied(batch: Batch) -> Batch:
