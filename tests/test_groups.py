@@ -91,9 +91,7 @@ def torch_groups(
     groups: dict[tuple[float, ...], list[Tensor]] = {}
     for leaf, row in zip(leaves, rows_of(numbers, params), strict=True):
         groups.setdefault(tuple(float(x) for x in row), []).append(leaf)
-    flags = dict(flags)
-    is_decoupled = flags.pop("decoupled_weight_decay", False)
-    optimizer = (torch.optim.AdamW if is_decoupled else torch.optim.Adam)(
+    optimizer = torch.optim.Adam(
         [
             {"params": group, "lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
             for (lr, beta1, beta2, eps, weight_decay), group in groups.items()
@@ -142,8 +140,7 @@ def test_prefixes_have_the_bits_of_param_groups(kernel: str, case: str) -> None:
 
 
 @each_kernel
-@pytest.mark.parametrize("case", ["all", "tensors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), [("all", torch.float32), ("tensors", torch.bfloat16)])
 def test_leaves_without_gradient_stand_still_as_in_torch(kernel: str, case: str, dtype: torch.dtype) -> None:
     params, gradients = make_tree(dtype), [make_tree(dtype, seed) for seed in (1, 2, 3, 4)]
     for t, grads in enumerate(gradients):
@@ -152,8 +149,8 @@ def test_leaves_without_gradient_stand_still_as_in_torch(kernel: str, case: str,
         grads["layers"][0] = Block(None, None) if t > 1 else grads["layers"][0]
     expected = torch_groups(params, gradients, CASES[case], {}, kernel)
     for donate in (False, True):
-        how = {"per_leaf_step": True, "kernel": kernel, "donate": donate}
-        new, state = run(params, gradients, make_hparams(CASES[case]), **how)
+        hparams = make_hparams(CASES[case])
+        new, state = run(params, gradients, hparams, per_leaf_step=True, kernel=kernel, donate=donate)
         check_against_torch((new, state), expected)
         assert_equal(new["norm"], params["norm"])
         assert [state.step["norm"], state.step["head"]["w"], state.step["layers"][0].bias] == [0, 1, 2]
@@ -302,14 +299,14 @@ def test_derivatives_by_every_number_of_the_trees_agree_with_the_equations(
 
 
 @each_kernel
-@pytest.mark.parametrize("name", NUMBERS)
-def test_mapping_over_a_tree_of_stacked_numbers_equals_a_loop(kernel: str, name: str) -> None:
+def test_mapping_over_trees_of_stacked_numbers_equals_a_loop(kernel: str) -> None:
     params, grads = make_tree(torch.float64), make_tree(torch.float64, 1)
     values = torch.linspace(0.1, 0.5, 3, dtype=torch.float64)
-    members = {"head": {"b": values, "w": values / 2}, "layers": values / 3}
+    members = {name: {"head": {"b": values, "w": values / 2}, "layers": values / 3} for name in NUMBERS}
 
-    def update(value: Any) -> Any:
-        return run(params, [grads], make_hparams({**CASES["all"], name: {**value, "norm": 0.25}}), kernel=kernel)
+    def update(numbers: Any) -> Any:
+        hparams = make_hparams({name: {**tree, "norm": 0.25} for name, tree in numbers.items()})
+        return run(params, [grads], hparams, kernel=kernel)
 
     alone = [update(optree.tree_map(lambda x, i=i: x[i], members)) for i in range(3)]
     assert_close(vmap(update)(members), optree.tree_map(lambda *xs: torch.stack(xs), *alone))
