@@ -7,7 +7,6 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -111,11 +110,9 @@ HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], bool]
     "dlpack": (torch.utils.dlpack.to_dlpack, torch.utils.dlpack.from_dlpack, True),
     "storage": (Tensor.untyped_storage, lambda s: torch.empty(0).set_(s, 0, (s.nbytes() // 4,)), True),
     "data_of_another": (lambda x: torch.nn.Parameter(torch.zeros(1)).data.set_(x), lambda x: x, True),
-    "other_dtype": (lambda x: x.view(torch.int32), lambda x: x.view(torch.float32), True),
     "saved_graph": (lambda x: (x * WEIGHT).sum(), lambda loss: torch.autograd.grad(loss, WEIGHT)[0], True),
     "cycle": (lambda x: (cycle := [x]).append(cycle) or cycle, lambda cycle: cycle[0], True),
     "shared_memory": (Tensor.share_memory_, lambda x: x, False),
-    "pickle": (pickle.dumps, pickle.loads, False),
     "deep_copy": (copy.deepcopy, lambda x: x, False),
 }
 
@@ -139,18 +136,16 @@ def test_memory_keeps_its_values_while_it_is_held_and_comes_back_afterwards(
 
 
 def test_a_differentiated_update_keeps_what_its_backward_reads() -> None:
-    def meta_gradient(run: Call) -> Tensor:
+    def meta_gradient() -> Tensor:
         lr = torch.tensor(0.1, requires_grad=True)
-        run = train(run._replace(hparams=AdamHparams(lr=lr)), 4)
+        run = train(start._replace(hparams=AdamHparams(lr=lr)), 4)
         train(make(seed=5), 4)  # others write meanwhile
         return torch.autograd.grad((param_of(run) ** 2).sum(), lr)[0]
 
-    start = train(make(), 2)
+    start = train_without_recycling(make(), 2)
+    found = [meta_gradient() for _ in range(3)]
     set_cache_limit(0)
-    expected = meta_gradient(start)
-    set_cache_limit(None)
-    for _ in range(3):
-        assert torch.equal(meta_gradient(start), expected)
+    assert_same_bits(found, [meta_gradient()] * 3)
 
 
 # Programs.
@@ -168,27 +163,23 @@ def execute(program: list[tuple[str, int]]) -> list[list[Tensor]]:
     graphs: list[Tensor] = []
     seen: list[list[Tensor]] = []
     for action, place in program:
-        current = large(run)[place % len(large(run))]
-        if action == "update":
-            run = updated(run)
-        elif action == "donate":
+        if action in ("update", "donate"):
             # What is kept may be the donated memory: it then changes, as without recycling.
-            run = updated(run, donate=True)
-        elif action == "keep":
-            kept.append(current)
-        elif action == "view":
-            kept.append(current[place : COUNT // 2].detach())
-        elif action == "drop" and kept:
-            del kept[place % len(kept)]
-        elif action == "mutate" and kept:
-            kept[place % len(kept)].add_(1)
-        elif action == "mutate_current":
-            current.mul_(0.5)
-        elif action == "graph":
-            graphs.append((param_of(run).clone() * WEIGHT).sum() if place % 2 else (param_of(run).abs() * WEIGHT).sum())
+            run = updated(run, donate=action == "donate")
         elif action == "other":
             other = updated(other)
-        del current
+        elif action == "graph":
+            graphs.append(((param_of(run).clone() if place % 2 else param_of(run).abs()) * WEIGHT).sum())
+        elif action == "keep":
+            kept.append(large(run)[place % 6])
+        elif action == "view":
+            kept.append(large(run)[place % 6][place : COUNT // 2].detach())
+        elif action == "mutate_current":
+            large(run)[place % 6].mul_(0.5)
+        elif action == "mutate" and kept:
+            kept[place % len(kept)].add_(1)
+        elif action == "drop" and kept:
+            del kept[place % len(kept)]
         seen.append([x.clone() for x in (*large(run), *large(other), *kept)])
     return [*seen, *([torch.autograd.grad(graph, WEIGHT)[0]] for graph in graphs)]
 
@@ -200,9 +191,7 @@ def test_no_program_can_notice(program: list[tuple[str, int]]) -> None:
     expected = execute(program)
     set_cache_limit(None)
     for _ in range(2):  # the second time in memory that is warm from the beginning
-        got = execute(program)
-        for a, b in zip(got, expected, strict=True):
-            assert_same_bits(a, b)
+        assert_same_bits(execute(program), expected)
 
 
 # Results look as if torch had allocated them.
@@ -288,16 +277,12 @@ def test_parent_and_forked_child_do_not_disturb_each_other() -> None:
     def work() -> bool:
         # Else the parent would copy the pages that it writes, for a child that may have no use for them.
         begins_empty = cached_bytes() == 0
-        child = train(run, 5)
-        last = pointers(child)
-        child = updated(child)
-        is_right = all(map(torch.equal, large(child), expected))
-        is_recycled = sorted(pointers(updated(child))) == sorted(last)
+        child = train(run, 6)
+        is_same = all(map(torch.equal, large(child), expected))
         for x in (*large(run), *large(child)):
             x.fill_(float("nan"))
-        del child
         empty_cache()
-        return begins_empty and is_right and is_recycled and cached_bytes() == 0
+        return begins_empty and is_same and is_right([torch.zeros(COUNT)])
 
     run_in_fork(work)
     assert cached_bytes() == kept > 0
@@ -342,25 +327,13 @@ def test_the_size_that_was_not_used_for_longest_goes_first() -> None:
     assert cached_bytes() == first.nbytes + third.nbytes
 
 
-def test_sizes_that_are_no_longer_used_give_way() -> None:
-    train(make(), 4)
-    small = train(make((COUNT + 16,)), 4)
-    generation = sum(x.nbytes for x in large(small))
-    small = train(small, 16)
-    assert cached_bytes() >= generation
-    before = pointers(small)
-    small = updated(small)
-    assert not set(before) & set(pointers(small))
-    assert set(before) == set(pointers(updated(small)))
-
-
 def test_emptied_or_without_recycling_nothing_is_kept_and_results_stay() -> None:
     run = train(make(), 4)
-    before = [x.clone() for x in large(run)]
+    before = clone(run)
     assert cached_bytes() > 0
     empty_cache()
     assert cached_bytes() == 0
-    assert_same_bits(large(run), before)
+    assert_same_bits(run, before)
     assert_same_bits(train(run, 3), train_without_recycling(run, 3))
     set_cache_limit(0)
     run = updated(run)
@@ -433,13 +406,9 @@ class Subclass(Tensor):
 
 
 def in_fake_mode() -> Tensor:
-    with FakeTensorMode():
-        return param_of(train(make(), 2))
-
-
-def of_plain_tensor_in_fake_mode() -> Tensor:
     plain = torch.zeros(COUNT)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(param_of(train(make(), 2))) is FakeTensor
         return copies([plain])[0]
 
 
@@ -458,7 +427,6 @@ ELSEWHERE: dict[str, tuple[Callable[[], Tensor], type[Tensor]]] = {
     "subclass": (lambda: param_of(train(make(layout=lambda x: x.as_subclass(Subclass)), 2)), Subclass),
     "meta": (lambda: param_of(train(make(layout=lambda x: x.to("meta")), 2)), Tensor),
     "fake": (in_fake_mode, FakeTensor),
-    "plain_in_fake_mode": (of_plain_tensor_in_fake_mode, FakeTensor),
     "compiled": (compiled, Tensor),
     "traced": (traced, Tensor),
 }
