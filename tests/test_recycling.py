@@ -371,7 +371,7 @@ def survives_before_any_bytecode(action: str) -> bool:
         copies(large[:1])  # one block waits: then one is taken, and one is made
         actions = {
             "raise": interrupt,
-            "limit": lambda: [empty_cache(), set_cache_limit(2**30)],
+            "limit": lambda: [empty_cache(), set_cache_limit(None)],
             "drop": others.clear,
             "update": partial(copies, large),
         }

@@ -125,7 +125,8 @@ class _Cache:
 
     @property
     def _limit(self) -> int:
-        return self._automatic if self.fixed is None else self.fixed
+        fixed = self.fixed  # once, since a signal handler or another thread may set it in between
+        return self._automatic if fixed is None else fixed
 
     def expect(self, nbytes: int) -> None:
         """Bound what is kept by what updates write."""
