@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     resident: int  # bytes of the process in memory
 
 
-LIMITS = Sample(steps=0, objects=20, traced=2**17, cached=0, resident=2**23)
+LIMITS = Sample(steps=0, objects=50, traced=2**17, cached=0, resident=2**23)
 """How much each may grow, whatever the number of steps: caches fill up in the first few thousand."""
 
 
@@ -176,8 +176,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--samples", type=int, default=20, help="how often to look")
     options = parser.parse_args()
-    if options.steps < 1000 or options.samples < 2:
-        parser.error("at least 1000 steps and 2 samples are needed")
+    if options.steps < 2000 or options.samples < 2:
+        parser.error("at least 2000 steps and 2 samples are needed")
     samples: list[Sample] = []
     print("| step | objects alive | traced by Python (KiB) | recycled (KiB) | resident (MiB) |\n|---|---|---|---|---|")
     for x in soak(options.steps, options.samples):

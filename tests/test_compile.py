@@ -272,9 +272,13 @@ def test_a_donation_compiled_by_inductor_stores_into_the_given_buffers() -> None
 def test_a_compiled_donation_of_one_tensor_in_two_places_raises_and_changes_nothing() -> None:
     compiled = torch.compile(donated, fullgraph=True, backend="aot_eager")
     params, grads, state, lr = call_on(*APART)
+    compiled(*clone((params, grads, state, lr)))  # the graph is there; what it runs on is other memory
     tied = {"a": params["a"], "b": params["a"]}
+    moments = state._replace(exp_avg_sq={**state.exp_avg_sq, "b": state.exp_avg["b"]})
     for given, match in (
         ((tied, grads, state, lr), r"params\['a'\]: it shares memory with params\['b'\]"),
+        ((params, {**grads, "b": params["b"]}, state, lr), r"params\['b'\]: it shares memory with grads\['b'\]"),
+        ((params, grads, moments, lr), r"state.exp_avg\['b'\]: it shares memory with state.exp_avg_sq\['b'\]"),
         ((params, grads, state, state.step), "state.step: it shares memory with a hyperparameter"),
     ):
         before = clone(given)

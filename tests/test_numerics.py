@@ -312,3 +312,5 @@ def test_leaf_without_gradient_stands_still(way: str, found: float | None) -> No
         for key in params:
             source = (params, state) if key in missing else moved
             assert_equal(*([p[key], *(tree[key] for tree in s[:4])] for p, s in (new, source)))
+    bare = params["leaf0"], adam_init(params["leaf0"], HPARAMS)
+    assert_equal(update(bare[0], None, bare[1], HPARAMS, way, found_inf=found), bare)

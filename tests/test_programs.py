@@ -353,7 +353,7 @@ def test_a_leak_of_one_object_a_step_is_seen() -> None:
 
 def test_memory_stays_flat_without_asserts_and_docstrings_too() -> None:
     """The soak raises by itself if a wrong call goes through."""
-    command = [sys.executable, "-OO", "-W", "error", "-m", "tests.soak", "--steps", "1000", "--samples", "2"]
+    command = [sys.executable, "-OO", "-W", "error", "-m", "tests.soak", "--steps", "2000", "--samples", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Nothing has grown." in done.stdout

@@ -113,6 +113,8 @@ CASES: dict[str, dict[str, Any]] = {
     "expanded_params": {"param": expanded},
     "expanded_grads": {"grad": expanded, "hparams": {"weight_decay": 0.1, "maximize": True}},
     "parameters": {"param": lambda x: nn.Parameter(x.clone())},
+    "parameters_found_inf": {"param": lambda x: nn.Parameter(x.clone()), "found_inf": True},
+    "parameters_none_grads": {**PER_LEAF, "param": lambda x: nn.Parameter(x.clone()), "grad": none_for_vectors},
 }
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
